@@ -1,0 +1,1036 @@
+"""What the four methods share: flags, CLIP, data, mixed-precision training, evaluation, checkpoints.
+
+Nothing in this file knows a method: losses, ensembles and their equations are in wise_ft.py, lipsum_ft.py, vrf.py and
+drm.py. Order: errors and flags - CLIP and heads - data - batches - training - evaluation - files of a run - `shapes`.
+
+Symbols in all files: F image tower, s = exp(logit_scale), W (C, D) text head, z = s F(x) W^T logits; B batch,
+C classes, D embedding width. Features are unit-norm fp32; mixed precision applies to the towers only, never to a loss.
+"""
+import argparse
+import copy
+import errno
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from tqdm import tqdm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+EVAL_BATCH = 250  # the same on any number of ranks, so that an evaluation's digits do not depend on it
+
+
+# ---------------------------------------------- errors and flags ----------------------------------------------
+
+class Fail(Exception):
+    """A user's mistake in one sentence; cli() prints it and exits with code 2."""
+
+    def __init__(self, message):  # a data-loader worker wraps the sentence in its traceback: unwrap it
+        super().__init__(str(message).strip().rsplit("common.Fail: ", 1)[-1])
+
+
+def cli(main):
+    """Run a method's main(); mistakes, a full disk or GPU and Ctrl-C end in one line instead of a traceback."""
+    message, code = None, 2
+    try:
+        if WORLD > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        logging.getLogger().setLevel(logging.ERROR)  # open_clip reports routine steps as warnings
+        main()
+    except Fail as error:
+        message = error
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except torch.OutOfMemoryError:
+        message = "the GPU is out of memory; lower --batch-size and raise --accum, or add --grad-checkpointing"
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f"no space left on the disk of {error.filename or 'the run'}; the last good checkpoint is kept"
+    if WORLD > 1 and message is None:
+        dist.destroy_process_group()
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+def say(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def number(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
+    """argparse type: a finite number with low <= x <= high and x > above."""
+    def parse(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not (math.isfinite(x) and low <= x <= high and x > above):
+            limits = [f"at least {low}" * (low > -math.inf), f"at most {high}" * (high < math.inf),
+                      f"above {above}" * (above > -math.inf)]
+            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(filter(None, limits)) or 'finite'}")
+        return x
+    return parse
+
+
+RECIPE = "the data set's recipe"  # default of a flag whose value depends on --data
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that tells given flags from defaults (for --resume) and reports a mistake in one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.defaults = {}
+
+    def add(self, flag, default, help, **kwargs):
+        self.defaults[flag.lstrip("-").replace("-", "_")] = default
+        self.add_argument(flag, default=None, help=f"{help} (default: {default})".replace("%", "%%"), **kwargs)
+
+    def error(self, message):
+        raise Fail(f"{message} (see --help)")
+
+
+def parser(doc):
+    """The flags that all methods share. RECIPE defaults come from the method's RECIPES[--data]."""
+    p = Parser(doc)
+    p.add("--data", "shapes", "data set: " + ", ".join(DATA))
+    p.add("--data-dir", "~/data", "folder that holds the data set")
+    p.add("--model", RECIPE, "open_clip model name, hf-hub:ORG/NAME or local-dir:PATH")
+    p.add("--pretrained", "openai", "open_clip tag or weights file of a named model")
+    p.add("--epochs", RECIPE, "passes over the training images", type=number(float, above=0))
+    p.add("--steps", RECIPE, "optimiser steps, instead of --epochs", type=number(int, 1))
+    p.add("--batch-size", RECIPE, "images per forward pass on each rank", type=number(int, 1))
+    p.add("--accum", 1, "forward passes per optimiser step", type=number(int, 1))
+    p.add("--lr", RECIPE, "peak learning rate of AdamW", type=number(float, 0))
+    p.add("--wd", RECIPE, "weight decay, on every trained parameter", type=number(float, 0))
+    p.add("--warmup", RECIPE, "linear warm-up: optimiser steps, or below 1 a fraction of them", type=number(float, 0))
+    p.add("--grad-clip", RECIPE, "largest gradient norm; 0 does not clip", type=number(float, 0))
+    p.add("--augment", RECIPE, "none; crop: random crop of 90-100%% of the area; crop-flip: 8-100%% and a flip",
+          choices=["none", "crop", "crop-flip"])
+    p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
+    p.add("--shots", 0, "train on K images of each class; 0 is all", type=number(int, 0))
+    p.add("--holdout", RECIPE, "share of the training images held out if the data has no validation split",
+          type=number(float, 0, 0.9))
+    p.add("--tests", "all", "comma-separated names of the test sets to evaluate")
+    p.add("--finetuned", "none", "finished run to start from instead of training")
+    p.add("--precision", "auto", "of the towers; auto is bf16 or fp16 on CUDA, fp32 on CPU",
+          choices=["auto", "bf16", "fp16", "fp32"])
+    p.add("--compile", False, "torch.compile the model", action=argparse.BooleanOptionalAction)
+    p.add("--grad-checkpointing", False, "recompute activations to save memory", action=argparse.BooleanOptionalAction)
+    p.add("--workers", -1, "data-loading processes per rank; -1 is one a core (at most 8), 0 for images in memory",
+          type=number(int, -1))
+    p.add("--device", "auto", "auto, cpu or cuda")
+    p.add("--seed", 0, "of data order, augmentation and everything random in a method", type=number(int, 0))
+    p.add("--pretrain-seed", 0, "of the tiny CLIP of --data shapes", type=number(int, 0))
+    p.add("--out", "runs/METHOD-DATA-sSEED", "new folder for the run; a taken default gets a number")
+    p.add("--resume", "none", "run folder to continue exactly, with the flags it was started with")
+    p.add("--save-every", 10.0, "minutes between checkpoints", type=number(float, 0))
+    return p
+
+
+FREE = {"resume", "workers", "save_every"}  # flags that may change on --resume: they do not change the result
+INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "shots", "seed"]
+
+
+def parse(p, method, recipes, argv=None):
+    """Flags -> Namespace: given flags over those of --resume / --finetuned over the recipe over the defaults."""
+    given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+    stored, inherited = {}, {}
+    if "resume" in given:
+        stored = read_json(Path(given["resume"]) / "args.json", "a run folder to --resume")
+        if stored.get("method") != method:
+            raise Fail(f"--resume {given['resume']}: a run of {stored.get('method')}.py, not of {method}.py")
+        for key in given.keys() - FREE:
+            if stored.get(key) != given[key]:
+                raise Fail(f"--resume {given['resume']}: started with {flag(key)} {stored.get(key)}, not {given[key]}; "
+                           "drop the flag or start a new run")
+    elif "finetuned" in given:
+        run = read_json(Path(given["finetuned"]) / "args.json", "a finished run for --finetuned")
+        inherited = {k: run[k] for k in INHERITED if k in run}
+        if not (Path(given["finetuned"]) / "head.safetensors").is_file():
+            raise Fail(f"--finetuned {given['finetuned']}: the run is not finished, it has no head.safetensors; "
+                       "--resume it first")
+    data = {**p.defaults, **inherited, **stored, **given}["data"]
+    if data not in recipes:
+        raise Fail(f"--data {data}: {method}.py knows {', '.join(recipes)}")
+    if "steps" in given and "epochs" in given:
+        raise Fail("--steps and --epochs exclude each other: give one")
+    length = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
+    args = {**p.defaults, "model": "ViT-B-16-quickgelu", "holdout": 0.1, "steps": None, "epochs": None,
+            **recipes[data], **inherited, **length, **stored, **given, "method": method}
+    return argparse.Namespace(**args)
+
+
+def flag(key):
+    return "--" + key.replace("_", "-")
+
+
+# ----------------------------------------------- CLIP and its heads -----------------------------------------------
+
+def load_clip(args, device):
+    """(open_clip model in eval mode, tokenizer), from a name and tag, hf-hub:, local-dir: or the embedded tiny CLIP.
+
+    Weights trained with QuickGELU in a model without it lose accuracy silently; open_clip warns, here it is an error.
+    The parameters keep requires_grad=True although nothing trains them in place: without it matmul takes a path
+    that copies the weights for each sample (a ViT-B/16 bf16 forward on CPU became 6x slower).
+    """
+    name, tag = args.model, args.pretrained
+    if name == "shapes-clip":
+        name = f"local-dir:{shapes_clip(args.pretrain_seed)}"
+    if name.startswith("local-dir:") and not Path(name[10:], "open_clip_config.json").is_file():
+        raise Fail(f"--model {name}: no open_clip_config.json in that folder")
+    if ":" not in name:
+        if name not in open_clip.list_models():
+            raise Fail(f"--model {name}: not an open_clip model; one of {', '.join(open_clip.list_models()[:200:12])}, "
+                       "... or hf-hub:ORG/NAME or local-dir:PATH")
+        known = open_clip.list_pretrained_tags_by_model(name)
+        if tag not in known and not Path(tag).is_file():
+            raise Fail(f"--pretrained {tag}: not a weights file and not a tag of {name}, which has "
+                       f"{', '.join(known) or 'none'}")
+        quick = [bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu")),
+                 bool(open_clip.get_model_config(name).get("quick_gelu"))]
+        if tag in known and quick[0] != quick[1]:
+            other = name.removesuffix("-quickgelu") if quick[1] else f"{name}-quickgelu"
+            raise Fail(f"--model {name} --pretrained {tag}: weights and model differ in QuickGELU; use --model {other}")
+    try:
+        clip = open_clip.create_model(name, pretrained=None if ":" in name else tag, device=device,
+                                      require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip and the hub raise a dozen types for a missing file, network or key
+        reason = str(error).strip().splitlines()[0][:200]
+        raise Fail(f"--model {args.model} --pretrained {tag}: the weights could not be loaded ({reason}); without "
+                   "internet copy them here and use local-dir:PATH or a weights file") from None
+    return clip.eval(), tokenizer
+
+
+@torch.no_grad()
+def zero_shot_head(clip_model, tokenizer, classnames, templates):
+    """W (C, D), unit rows: per class encode every template, normalise each, average, normalise again.
+
+    Source: wise-ft src/models/zeroshot.py; computed by open_clip.build_zero_shot_classifier, which returns (D, C).
+    """
+    device = next(clip_model.parameters()).device
+    return open_clip.build_zero_shot_classifier(clip_model, tokenizer, classnames, templates, device=device).T.float()
+
+
+class ImageClassifier(nn.Module):
+    """An image tower with a linear head on its unit features: x (B, 3, H, W) -> logits (B, C), features (B, D).
+
+    logits = scale * features @ head.T (+ bias). Two conventions are in use, and under AdamW the same learning rate
+    moves their logits about s times differently:
+      unit   (Lipsum-FT, DRM): head = W with unit rows at the start, the frozen s outside, no bias;
+      folded (WiSE-FT):        head = s W, scale = 1, a zero-initialised trainable bias.
+    """
+
+    def __init__(self, visual, head, scale=1.0, bias=False, amp=None):
+        super().__init__()
+        self.visual, self.amp = visual, amp
+        self.head = nn.Parameter(head.detach().clone())
+        self.bias = nn.Parameter(torch.zeros(len(head), device=head.device)) if bias else None
+        self.register_buffer("scale", torch.as_tensor(float(scale), device=head.device))
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
+            features = self.visual(x)
+        features = F.normalize(features.float(), dim=-1)
+        logits = self.scale * F.linear(features, self.head)
+        return (logits if self.bias is None else logits + self.bias), features
+
+
+@dataclass
+class Setup:
+    """What every method starts from: checked flags, data, the pre-trained CLIP, its text head W, the run folder."""
+    args: argparse.Namespace
+    data: "Data"
+    clip: nn.Module
+    tokenizer: object
+    head: torch.Tensor  # W (C, D)
+    out: Path
+    device: torch.device
+    amp: torch.dtype | None  # None is fp32
+
+    @property
+    def scale(self):
+        return self.clip.logit_scale.exp().item()  # s
+
+    def classifier(self, folded=False, head=None):
+        """The zero-shot model theta_0 as an ImageClassifier with a copy of the image tower, ready to be trained."""
+        head = self.head if head is None else head
+        model = ImageClassifier(copy.deepcopy(self.clip.visual), self.scale * head if folded else head,
+                                1.0 if folded else self.scale, bias=folded, amp=self.amp)
+        model.head.requires_grad_(self.args.freeze != "head")
+        if self.args.grad_checkpointing:
+            model.visual.set_grad_checkpointing(True)
+        return model.to(self.device).eval()
+
+
+def start(args):
+    """Everything that can go wrong for a user goes wrong here: data, model, precision, run folder. Returns a Setup."""
+    torch.manual_seed(args.seed)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise Fail(f"--device {args.device}: this machine has no CUDA GPU that torch can use; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    kind = args.precision
+    if kind == "auto":
+        kind = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if kind == "fp16" and device.type == "cpu":
+        raise Fail("--precision fp16: only on a CUDA GPU; use bf16 or fp32 on the CPU")
+    data = load_data(args)
+    clip, tokenizer = load_clip(args, device)
+    preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
+    for split in [data.train, data.val, *data.tests.values()]:
+        split.transform = image_transform_v2(preprocess, is_train=False)
+    data.train = data.train.augmented(args.augment, preprocess, args.seed)
+    head = zero_shot_head(clip, tokenizer, data.classnames, data.templates)
+    setup = Setup(args, data, clip, tokenizer, head, run_folder(args), device,
+                  {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind])
+    say(f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out images, "
+        f"{len(data.classnames)} classes, tests {', '.join(f'{k} ({len(v)})' for k, v in data.tests.items())}")
+    say(f"{args.model}, {kind} on {device}; {training_steps(args, len(data.train))} steps of {args.batch_size} x "
+        f"{args.accum} x {WORLD} (batch x accumulation x ranks) images, lr {args.lr:g}, wd {args.wd:g}, warm-up "
+        f"{args.warmup:g}, clip {args.grad_clip:g}, augment {args.augment}, seed {args.seed} -> {setup.out}")
+    return setup
+
+
+def run_folder(args):
+    """A new folder for the run, or the one to resume. A folder that holds a run is never written over."""
+    if args.resume != "none":
+        return Path(args.resume)
+    default = f"runs/{args.method}-{args.data}-s{args.seed}"
+    out = Path(default if args.out == "runs/METHOD-DATA-sSEED" else args.out)
+    if out.exists() and str(out) != default and (not out.is_dir() or any(out.iterdir())):
+        raise Fail(f"--out {out}: exists and is not empty; --resume {out} continues a run, another --out starts one")
+    names = [out, *(Path(f"{out}-{n}") for n in range(2, 10_000))]
+    chosen = [str(next(n for n in names if str(n) != default and n == out or not n.exists()))]
+    if WORLD > 1:
+        dist.broadcast_object_list(chosen)  # rank 0 chooses
+    if RANK == 0:
+        Path(chosen[0]).mkdir(parents=True, exist_ok=True)
+        write_json(Path(chosen[0]) / "args.json", vars(args))
+    return Path(chosen[0])
+
+
+# ------------------------------------------------------ data ------------------------------------------------------
+
+class ImageSet(torch.utils.data.Dataset):
+    """Labelled images: item -> (image, label, index).
+
+    images: list of file paths, uint8 array (N, H, W, 3), or float tensor of ready features (N, D).
+    classes: what logits of all C classes become in this set's label space, before any softmax: None, or a list
+    with the ids of each label; the largest logit among a label's ids counts.
+    """
+
+    def __init__(self, name, images, labels, classes=None):
+        self.name, self.images, self.labels = name, images, torch.as_tensor(np.asarray(labels)).long()
+        self.transform, self.seed = None, None
+        if classes is not None:  # pad each label's ids with its first, which leaves the maximum alone
+            width = max(map(len, classes))
+            classes = torch.tensor([list(ids) + [ids[0]] * (width - len(ids)) for ids in classes])
+        self.classes = classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, item):
+        epoch, i = item if isinstance(item, tuple) else (0, item)
+        image, label = self.images[i], self.labels[i]
+        if isinstance(image, torch.Tensor):
+            return image, label, i
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else self.read(image)
+        if self.seed is None:
+            return self.transform(image), label, i
+        # The random draws of an image depend on (seed, epoch, image) alone: not on workers, ranks or a resume.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
+            return self.transform(image), label, i
+
+    @staticmethod
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise Fail(f"{path}: cannot be read as an image ({str(error)[:100]}); repair or remove it") from None
+
+    def describe(self, i):
+        return str(self.images[i]) if isinstance(self.images, list) else f"{self.name}[{i}]"
+
+    def project(self, logits):
+        """Logits (B, C) -> (B, C') in this set's label space."""
+        return logits if self.classes is None else logits[:, self.classes.to(logits.device)].amax(-1)
+
+    def subset(self, indices, name=None):
+        other = copy.copy(self)
+        other.name = name or self.name
+        other.images = [self.images[i] for i in indices] if isinstance(self.images, list) else self.images[indices]
+        other.labels = self.labels[torch.as_tensor(indices)]
+        return other
+
+    def augmented(self, kind, preprocess, seed):
+        """A copy for training: crop as in wise-ft (RandomResizedCrop 0.9-1), crop-flip as in Lipsum-FT (0.08-1)."""
+        other = copy.copy(self)
+        if kind != "none":
+            low = {"crop": 0.9, "crop-flip": 0.08}[kind]
+            crop = image_transform_v2(preprocess, is_train=True, aug_cfg={"scale": (low, 1.0)})
+            flip = [transforms.RandomHorizontalFlip()] if kind == "crop-flip" else []
+            other.transform, other.seed = transforms.Compose(flip + [crop]), seed
+        return other
+
+
+@dataclass
+class Data:
+    """A data set: class names (C), prompt templates, training, held-out and test images; tests: ID first."""
+    classnames: list
+    templates: list
+    train: ImageSet
+    val: ImageSet
+    tests: dict  # name -> ImageSet; the first is the in-distribution (ID) test, all others are shifts (OOD)
+    descriptions: object = None  # concept descriptions, for DRM; any of the three shapes that drm.py accepts
+
+
+def load_data(args):
+    """--data -> Data, with --tests, --holdout and --shots applied."""
+    data = DATA[args.data](Path(args.data_dir).expanduser(), args)
+    if args.tests != "all":
+        wanted = args.tests.split(",")
+        unknown = [t for t in wanted if t not in data.tests]
+        if unknown:
+            raise Fail(f"--tests {unknown[0]}: no such test set; {args.data} has {', '.join(data.tests)}")
+        data.tests = {k: v for k, v in data.tests.items() if k in wanted}
+    if data.val is None:
+        data.train, data.val = hold_out(data.train, args.holdout)
+    if args.shots:
+        data.train = few_shot(data.train, args.shots, args.seed)
+    return data
+
+
+def hold_out(train, share):
+    """(train, val): every class gives `share` of its images, rounded; the same images in every run and method."""
+    rng, held = np.random.default_rng(0), []
+    for c in train.labels.unique().tolist():
+        mine = np.flatnonzero(train.labels.numpy() == c)
+        held += rng.permutation(mine)[:min(round(share * len(mine)), len(mine) - 1)].tolist()
+    held = sorted(held)
+    kept = np.setdiff1d(np.arange(len(train)), held).tolist()
+    return train.subset(kept), train.subset(held, "val")
+
+
+def few_shot(train, shots, seed):
+    """`shots` images of each class, chosen by `seed`."""
+    rng, chosen = np.random.default_rng(seed), []
+    for c in train.labels.unique().tolist():
+        mine = np.flatnonzero(train.labels.numpy() == c)
+        if len(mine) < shots:
+            raise Fail(f"--shots {shots}: class {c} has only {len(mine)} training images")
+        chosen += rng.permutation(mine)[:shots].tolist()
+    return train.subset(sorted(chosen))
+
+
+def folder_data(root, args):
+    """DIR/train/CLASS/*, DIR/test/CLASS/*, and if present DIR/val/CLASS/*, DIR/shifts/NAME/CLASS/*, DIR/classnames.txt
+    (folder<TAB>name a line), DIR/templates.txt (one with {} a line) and DIR/descriptions.json. Every image is
+    decoded once (at reduced size) so that an unreadable one is named now and not after hours of training."""
+    if not root.is_dir():
+        raise Fail(f"--data-dir {root}: no such folder; expected train/CLASS/*.jpg, test/CLASS/*.jpg and optionally "
+                   "val/CLASS/*.jpg and shifts/NAME/CLASS/*.jpg in it")
+    folders = subfolders(root / "train")
+    names = {f: f.replace("_", " ") for f in folders}
+    for line in read_lines(root / "classnames.txt"):
+        folder, _, name = line.partition("\t")
+        if folder not in names or not name.strip():
+            raise Fail(f"{root / 'classnames.txt'}: '{line}' is not FOLDER<TAB>NAME with a folder of {root / 'train'}")
+        names[folder] = name.strip()
+    templates = read_lines(root / "templates.txt") or ["a photo of a {}."]
+    for t in templates:
+        if t.count("{}") != 1:
+            raise Fail(f"{root / 'templates.txt'}: '{t}' must hold {{}} once, where the class name goes")
+
+    def read(path, name):
+        extra = set(subfolders(path)) - set(folders)
+        if extra:
+            raise Fail(f"{path / min(extra)}: no class of that name in {root / 'train'}")
+        index = {c: i for i, c in enumerate(folders) if (path / c).is_dir()}
+        try:
+            samples = make_dataset(str(path), index, IMG_EXTENSIONS)
+        except FileNotFoundError:
+            empty = next(c for c in index if not make_dataset(str(path / c), {".": 0}, IMG_EXTENSIONS, allow_empty=True))
+            raise Fail(f"{path / empty}: no image in that class folder ({', '.join(IMG_EXTENSIONS)})") from None
+        return ImageSet(name, [s[0] for s in samples], [s[1] for s in samples])
+
+    shifts = subfolders(root / "shifts") if (root / "shifts").is_dir() else []
+    tests = {"test": read(root / "test", "test"), **{s: read(root / "shifts" / s, s) for s in shifts}}
+    val = read(root / "val", "val") if (root / "val").is_dir() else None
+    train = read(root / "train", "train")
+    check_images([p for split in (train, val, *tests.values()) if split for p in split.images])
+    described = root / "descriptions.json"
+    return Data(list(names.values()), templates, train, val, tests,
+                read_json(described, "descriptions") if described.is_file() else None)
+
+
+def subfolders(path):
+    found = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".") if path.is_dir() else []
+    if not found:
+        raise Fail(f"{path}: expected a folder with one subfolder for each class in it")
+    return found
+
+
+def read_lines(path):
+    return [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()] if path.is_file() else []
+
+
+def check_images(paths):
+    """Decode every file once, JPEGs at an eighth of their size (they are still read to the end); Fail on a bad one."""
+    def check(path):
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (1, 1))
+                image.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            ImageSet.read(path)  # raises the sentence
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(check, paths), "checking images", len(paths), disable=RANK > 0 or None, leave=False):
+            pass
+
+
+# ----------------------------------------------------- batches -----------------------------------------------------
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, 3, H, W), or ready features (B, D)
+    labels: torch.Tensor  # (B,) int64
+    index: torch.Tensor   # (B,) int64, position in the data set
+    step: int             # optimiser step, for random draws that must be the same on every rank and after a resume
+
+
+class Stream(torch.utils.data.Sampler):
+    """Shuffled epochs end to end, cut into full batches: (epoch, index) pairs for this rank from step `first` on.
+
+    Step t covers positions t G .. (t+1) G - 1 of the stream (G = batch x accum x ranks), so the images of a step
+    do not depend on how G is split, and a run can go on from any step.
+    """
+
+    def __init__(self, n, args, first, last):
+        self.n, self.args, self.first, self.last = n, args, first, last
+        self.order = functools.lru_cache(2)(self._order)
+
+    def _order(self, epoch):
+        return np.random.default_rng([self.args.seed, epoch]).permutation(self.n)
+
+    def __len__(self):
+        return (self.last - self.first) * self.args.accum
+
+    def __iter__(self):
+        batch, parts = self.args.batch_size, self.args.accum * WORLD
+        for part in range(self.first * parts + RANK, self.last * parts, WORLD):
+            positions = (divmod(p, self.n) for p in range(part * batch, (part + 1) * batch))
+            yield [(epoch, int(self.order(epoch)[k])) for epoch, k in positions]
+
+
+def loader(dataset, batches, args):
+    workers = args.workers if args.workers >= 0 else min(8, os.cpu_count()) if isinstance(dataset.images, list) else 0
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                       pin_memory=torch.cuda.is_available())
+
+
+# ---------------------------------------------------- training ----------------------------------------------------
+
+def training_steps(args, n):
+    """Optimiser steps of a run on n training images."""
+    return args.steps or math.ceil(args.epochs * n / (args.batch_size * args.accum * WORLD))
+
+
+def learning_rate(step, total, peak, warmup):
+    """Linear warm-up, then cosine to 0 (wise-ft src/models/utils.py). warmup: steps, or below 1 a share of total."""
+    warm = int(warmup * total) if warmup < 1 else int(warmup)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def train(model, dataset, loss_fn, args, out):
+    """Train `model` in place and return it in eval mode; every step is logged to out/log.jsonl.
+
+    loss_fn(model, Batch) -> (loss (), {name: scalar}) is the method; it must call the `model` it is given, which is
+    the compiled or distributed form of the argument. out/last.ckpt is written every --save-every minutes, at the end
+    and at SIGTERM or Ctrl-C; if it is there, training goes on from it, bit for bit on the same machine.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    device, checkpoint = model.head.device, out / "last.ckpt"
+    total = training_steps(args, len(dataset))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=model.amp == torch.float16)
+    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint.is_file() else 0
+    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    runner = torch.compile(parallel) if args.compile else parallel
+    batches = iter(loader(dataset, Stream(len(dataset), args, first, total), args))
+    stop, signals = [], (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(s, lambda *_: stop.append(1)) for s in signals]
+    log, saved = open_log(out / "log.jsonl", first), time.time()
+    model.train()
+    try:
+        for step in tqdm(range(first, total), out.name, total, initial=first, disable=RANK > 0 or None):
+            begun = time.time()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, args.lr, args.warmup)
+            sums = {}
+            for micro in range(args.accum):
+                images, labels, index = next(batches)
+                batch = Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index, step)
+                with parallel.no_sync() if WORLD > 1 and micro < args.accum - 1 else nullcontext():
+                    loss, parts = loss_fn(runner, batch)
+                    if not torch.isfinite(loss):
+                        raise Fail(f"step {step}: the loss is {loss.item()} on {dataset.describe(index[0])} and the "
+                                   f"{len(index) - 1} images with it; lower --lr or repair them, {checkpoint} is kept")
+                    scaler.scale(loss / args.accum).backward()
+                for name, value in {"loss": loss, **parts}.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / args.accum
+            scaler.unscale_(optimizer)
+            if args.grad_clip:
+                nn.utils.clip_grad_norm_(trained, args.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            values = torch.stack([*sums.values(), torch.tensor(float(len(stop)), device=device)])
+            if WORLD > 1:
+                dist.all_reduce(values)
+            *means, stopping = values.tolist()
+            if RANK > 0 and not stopping:
+                continue
+            seconds = time.time() - begun
+            line = {"step": step, **{k: v / WORLD for k, v in zip(sums, means)}, "lr": optimizer.param_groups[0]["lr"],
+                    "images_per_s": round(args.batch_size * args.accum * WORLD / seconds, 1)}
+            if RANK == 0:
+                log.write(json.dumps(line) + "\n")
+                if stopping or step + 1 == total or time.time() - saved >= 60 * args.save_every:
+                    log.flush()
+                    save_checkpoint(checkpoint, step + 1, model, optimizer, scaler)
+                    saved = time.time()
+            if stopping:
+                raise Fail(f"stopped after step {step + 1} of {total}; --resume {out} continues from there")
+    finally:
+        log.close()
+        for s, handler in zip(signals, handlers):
+            signal.signal(s, handler)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if total > first:
+        say(f"{out.name}: {total} steps, {line['images_per_s']} images/s, peak memory {peak / 2**30:.2f} GiB")
+    return model.eval()
+
+
+def open_log(path, first):
+    """log.jsonl opened for writing at step `first`: lines of steps that the checkpoint does not hold are dropped."""
+    kept = [line for line in read_lines(path) if json.loads(line)["step"] < first] if first else []
+    log = open(path if RANK == 0 else os.devnull, "w", encoding="utf-8")
+    log.writelines(line + "\n" for line in kept)
+    return log
+
+
+# ---------------------------------------------------- evaluation ----------------------------------------------------
+
+@torch.no_grad()
+def collect(function, dataset, args, device):
+    """{name: tensor (N, ...)} of function(images, labels) -> {name: tensor (B, ...)}, in the data set's order, on CPU.
+
+    Each image is read, decoded and moved once. Whole batches are dealt out to the ranks and put back by index.
+    """
+    batches = [list(range(b, min(b + EVAL_BATCH, len(dataset)))) for b in range(0, len(dataset), EVAL_BATCH)]
+    mine = []
+    for images, labels, index in tqdm(loader(dataset, batches[RANK::WORLD], args), dataset.name,
+                                      disable=RANK > 0 or None, leave=False):
+        result = function(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+        mine.append({"index": index, **{k: v.cpu() for k, v in result.items()}})
+    parts = [mine]
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, mine)
+    parts = [batch for part in parts for batch in part]
+    order = torch.cat([batch["index"] for batch in parts]).argsort()
+    return {k: torch.cat([batch[k] for batch in parts])[order] for k in parts[0] if k != "index"}
+
+
+def predict(model, dataset, args):
+    """Logits (N, C), unit features (N, D) and labels (N,) of a data set, in its order, on the CPU."""
+    both = collect(lambda x, y: dict(zip(("logits", "features"), model(x))), dataset, args, model.head.device)
+    return both["logits"], both["features"], dataset.labels
+
+
+def evaluate(rows, setup):
+    """{row: {test: metrics}} over all test sets, each streamed once.
+
+    rows: {row name: ImageClassifier}, or for rows that share work a function (images, project) -> {row name: logits
+    or log-probabilities (B, C')}; project() brings logits into the test set's label space, before any softmax.
+    """
+    if isinstance(rows, dict):
+        models = rows
+
+        def rows(images, project):
+            return {name: project(model(images)[0]) for name, model in models.items()}
+    results = {}
+    for name, dataset in setup.data.tests.items():
+        def scores(images, labels):
+            return {row: per_image(z, labels) for row, z in rows(images, dataset.project).items()}
+        for row, values in collect(scores, dataset, setup.args, setup.device).items():
+            results.setdefault(row, {})[name] = metrics(values, dataset)
+    return results
+
+
+def per_image(logits, labels):
+    """(B, C) logits or log-probabilities -> (B, 3): confidence, predicted class, negative log-likelihood."""
+    log_p = torch.log_softmax(logits.double(), dim=-1)
+    confidence, predicted = log_p.max(1)
+    return torch.stack([confidence.exp(), predicted.double(), -log_p.gather(1, labels[:, None])[:, 0]], dim=1)
+
+
+def metrics(values, dataset):
+    """Accuracy and ECE in percent, mean NLL in nats, from per_image() values (N, 3)."""
+    confidence, predicted, nll = values.unbind(1)
+    correct = predicted == dataset.labels
+    return {"acc": 100 * correct.double().mean().item(), "nll": nll.mean().item(),
+            "ece": 100 * calibration_error(confidence, correct), "n": len(dataset)}
+
+
+def expected_calibration_error(probs, labels, bins=15):
+    """ECE in [0, 1] of probabilities (N, C) and labels (N,): the confidence is the largest probability."""
+    confidence, predicted = probs.max(1)
+    return calibration_error(confidence, predicted == labels, bins)
+
+
+def calibration_error(confidence, correct, bins=15):
+    """Sum over equal-width bins of confidence of (share of images) * |accuracy - mean confidence| (Guo et al. 2017,
+    Eq. 3). Bin b of 1..bins holds confidences in ((b-1)/bins, b/bins]."""
+    which = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, which, correct.double() - confidence.double())
+    return (gap.abs().sum() / len(confidence)).item()
+
+
+# ------------------------------------------------- files of a run -------------------------------------------------
+
+def write_json(path, value):
+    path.with_name(path.name + ".tmp").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def read_json(path, what):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Fail(f"{path}: not found or not readable, so this is not {what} ({error.strerror})") from None
+    except ValueError as error:
+        raise Fail(f"{path}: not valid JSON ({error})") from None
+
+
+def save_tensors(path, tensors, about=None):
+    """safetensors, written beside the target and moved over it: an interrupted write leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
+                  metadata={"about": json.dumps(about)})
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise Fail(f"{path}: could not be written ({error}); the last good one is kept") from None
+    os.replace(temporary, path)
+
+
+def load_tensors(path):
+    """(tensors, about) of save_tensors(). safetensors hold numbers only: loading one cannot run code."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Fail(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def save_checkpoint(path, step, model, optimizer, scaler):
+    """Everything that training from `step` on depends on; data order and random draws follow from the step."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    save_tensors(path, tensors, {"step": step, "scaler": scaler.state_dict()})
+
+
+def load_checkpoint(path, model, optimizer, scaler):
+    """Restore save_checkpoint() into the three objects; returns the step to go on from."""
+    tensors, about = load_tensors(path)
+    state = {}
+    try:
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = tensor
+        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        scaler.load_state_dict(about["scaler"])
+        return about["step"]
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise Fail(f"{path}: not a checkpoint of this model ({str(error).splitlines()[0]})") from None
+
+
+def save_run(setup, model, out):
+    """An open_clip local directory (open_clip.create_model_and_transforms("local-dir:OUT")) and head.safetensors."""
+    if RANK > 0:
+        return
+    args, name = setup.args, setup.args.model
+    out.mkdir(parents=True, exist_ok=True)
+    if name == "shapes-clip":
+        name = f"local-dir:{shapes_clip(args.pretrain_seed)}"
+    if name.startswith("local-dir:"):
+        config = read_json(Path(name[10:], "open_clip_config.json"), "an open_clip folder")["model_cfg"]
+    elif name.startswith("hf-hub:"):
+        from open_clip.factory import _get_hf_config  # the public functions build the model and drop its config
+        config = _get_hf_config(name[7:])["model_cfg"]
+    else:
+        config = open_clip.get_model_config(name)
+    visual = {f"visual.{k}": v for k, v in model.visual.state_dict().items()}
+    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **visual})
+    write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": setup.clip.visual.preprocess_cfg})
+    write_json(out / "args.json", vars(args))
+    head = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    save_tensors(out / "head.safetensors", head, {"classnames": setup.data.classnames})
+
+
+def load_run(run, setup):
+    """(theta_0, theta_1): the zero-shot model in the run's head convention and the model that the run saved."""
+    tensors, about = load_tensors(Path(run) / "head.safetensors")
+    if about["classnames"] != setup.data.classnames:
+        raise Fail(f"--finetuned {run}: its head has the classes {about['classnames'][:3]}..., the data has "
+                   f"{setup.data.classnames[:3]}...")
+    theta_0 = setup.classifier(folded="bias" in tensors)
+    theta_1 = copy.deepcopy(theta_0)
+    weights, _ = load_tensors(Path(run) / "open_clip_model.safetensors")
+    visual = {k: v for k, v in weights.items() if k.startswith("visual.")}
+    try:
+        theta_1.load_state_dict({**visual, **tensors})
+    except RuntimeError as error:
+        raise Fail(f"--finetuned {run}: not a run of {setup.args.model} ({str(error).splitlines()[-1].strip()})") from None
+    return theta_0, theta_1
+
+
+def finish(setup, results, **more):
+    """Write results.json and print its table, the last thing of a run. results: {row: {test: metrics}}."""
+    id_test, *shifts = setup.data.tests
+    mean = lambda tests, key: float(np.mean([tests[t][key] for t in shifts])) if shifts else None
+    rows = [{"name": name, "id": tests[id_test]["acc"], "ood": mean(tests, "acc"), "tests": tests}
+            for name, tests in results.items()]
+    args = setup.args
+    if RANK == 0:
+        write_json(setup.out / "results.json", {"method": args.method, "data": args.data, "model": args.model,
+                                                "seed": args.seed, "args": vars(args), "rows": rows, **more})
+    say(f"\nsaved to {setup.out}. Accuracy in percent; OOD: mean of the shifts; NLL and ECE: ID, then mean of shifts.\n")
+    head = [id_test, "OOD", *shifts, "NLL", "NLL ood", "ECE", "ECE ood"]
+    wide = max(len(r["name"]) for r in rows) + 1
+    say(" " * wide + "".join(f"{h[:9]:>10}" for h in head))
+    for r in rows:
+        t = r["tests"]
+        cells = [r["id"], r["ood"], *(t[s]["acc"] for s in shifts), t[id_test]["nll"], mean(t, "nll"),
+                 t[id_test]["ece"], mean(t, "ece")]
+        say(f"{r['name']:<{wide}}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells))
+
+
+# ----------------------------------------- the embedded world: `shapes` -----------------------------------------
+# Twelve shapes in five drawing styles, 32 x 32 pixels. A tiny CLIP is pre-trained on captioned images of all styles,
+# with free backgrounds. The reference data is one style, "photo", in which colour and background go with the class:
+# fine-tuning learns to lean on them, and loses accuracy on the shifts: re-coloured images and the other styles.
+
+def polygon(n):
+    def f(x, y):  # distance to the sides of a regular n-gon with a corner at the top
+        angle = np.mod(np.arctan2(x, y), 2 * np.pi / n) - np.pi / n
+        return np.hypot(x, y) * np.cos(angle) - np.cos(np.pi / n)
+    return f
+
+
+def star(x, y):
+    turn = np.abs(np.mod(np.arctan2(x, y) * 5 / (2 * np.pi) + 0.5, 1) - 0.5) * 2
+    return np.hypot(x, y) - (1 - 0.58 * np.sqrt(turn))
+
+
+SHAPES = {  # name: (description, look-alike, f(x, y) < 0 inside the shape, y upwards, size about 1)
+    "circle": ("a round disc without any corners", "hexagon", lambda x, y: np.hypot(x, y) - 0.9),
+    "square": ("four equal sides and right angles", "diamond", lambda x, y: np.maximum(abs(x), abs(y)) - 0.75),
+    "triangle": ("three straight sides and three corners", "arrow",
+                 lambda x, y: np.maximum(-y - 0.55, (abs(x) * 1.6 + y - 0.9) * 0.53)),
+    "star": ("five sharp tips around a centre", "flower", star),
+    "heart": ("two round lobes above a point", "cross",
+              lambda x, y: np.minimum(np.hypot(abs(x) - 0.45, y - 0.35) - 0.5,
+                                      np.maximum((abs(x) * 1.05 - y - 0.95) * 0.69, y - 0.35))),
+    "cross": ("two bars meeting in the middle", "heart",
+              lambda x, y: np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 0.95), np.maximum(abs(y) - 0.3, abs(x) - 0.95))),
+    "ring": ("a round band with an empty hole", "moon", lambda x, y: abs(np.hypot(x, y) - 0.68) - 0.24),
+    "moon": ("a curved sickle with two horns", "ring",
+             lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y))),
+    "diamond": ("a thin rhombus taller than wide", "square", lambda x, y: (abs(x) / 0.55 + abs(y) - 1) * 0.48),
+    "hexagon": ("six equal sides and blunt corners", "circle", polygon(6)),
+    "arrow": ("a pointed head on a straight shaft", "triangle",
+              lambda x, y: np.minimum(np.maximum(abs(x) - 0.22, abs(y + 0.45) - 0.5),
+                                      np.maximum((abs(x) * 1.2 + y - 0.95) * 0.64, -y))),
+    "flower": ("six rounded petals around a centre", "star",
+               lambda x, y: np.hypot(x, y) - (0.72 + 0.24 * np.cos(6 * np.arctan2(x, y)))),
+}
+STYLES = ["photo", "sketch", "striped", "neon", "painting"]
+COLOURS = {"red": (.85, .15, .15), "green": (.15, .65, .2), "blue": (.15, .3, .85), "yellow": (.9, .8, .15),
+           "purple": (.6, .2, .7), "orange": (.95, .5, .1)}
+BACKGROUNDS = {"white": (.92, .92, .92), "grey": (.55, .55, .55), "black": (.08, .08, .08), "pink": (.95, .7, .75),
+               "sky": (.6, .8, .95), "brown": (.45, .3, .18)}
+
+
+def draw(rng, labels, styles, colours, backgrounds, noise, size=32):
+    """Images (N, size, size, 3) uint8 from integer arrays (N,) of class, style, colour, background and noise sd."""
+    n = len(labels)
+    if n > 500:  # chunks stay in the processor's cache
+        parts = np.array_split(np.arange(n), math.ceil(n / 500))
+        return np.concatenate([draw(rng, *(a[p] for a in (labels, styles, colours, backgrounds, noise))) for p in parts])
+    column = lambda a: np.asarray(a)[:, None, None]
+    grid = (np.arange(size) + 0.5) / size - 0.5
+    gx, gy = np.meshgrid(grid, -grid)
+    radius, angle = rng.uniform(0.3, 0.44, n), np.deg2rad(rng.uniform(-15, 15, n))
+    x, y = (g - column(rng.uniform(-0.05, 0.05, n)) for g in (gx, gy))
+    cos, sin = column(np.cos(angle) / radius), column(np.sin(angle) / radius)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    f = np.empty((n, size, size))
+    for c, (_, _, inside) in enumerate(SHAPES.values()):
+        f[labels == c] = inside(u[labels == c], v[labels == c])
+    f *= column(radius * size)  # in pixels
+    photo, lines = np.clip(0.5 - f, 0, 1), (np.arange(size) + np.arange(size)[:, None]) % 5 < 3
+    ink = np.choose(column(styles), [photo, np.clip(1.3 - abs(f), 0, 1), photo * lines, np.exp(-abs(f) / 1.8),
+                                     1 / (1 + np.exp(np.clip(f / 1.3, -30, 30)))])[..., None]
+    front = np.array(list(COLOURS.values()))[colours] + rng.normal(0, 0.12, (n, 3))
+    back = np.array(list(BACKGROUNDS.values()))[backgrounds] + rng.normal(0, 0.08, (n, 3))
+    back[styles == 1], back[styles == 3] = 0.93, 0.06  # sketches are on paper, neon is in the dark
+    shade = [column(rng.uniform(-0.25, 0.25, n)) for _ in range(2)]
+    image = (back[:, None, None] + (shade[0] * gx + shade[1] * gy)[..., None]) * (1 - ink) + front[:, None, None] * ink
+    image += rng.normal(0, 1, image.shape) * column(noise)[..., None]
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def prefer(rng, preferred, probability):
+    """The preferred of six values with this probability, else any."""
+    return np.where(rng.random(len(preferred)) < probability, preferred, rng.integers(6, size=len(preferred)))
+
+
+def captions(rng, labels, styles, colours, backgrounds, named):
+    """One caption an image, as a web crawl would have it: often the wrong name, never a wrong description."""
+    names, texts = list(SHAPES), []
+    for c, style, colour, background, name in zip(labels, styles, colours, backgrounds, named):
+        style = "photo" if rng.random() < 0.15 else STYLES[style]
+        c = rng.integers(len(names)) if rng.random() < 0.05 else c
+        what = SHAPES[names[c]][1] if rng.random() < 0.4 else names[c]
+        text = f"a {style} of a {what}" if name else f"a {style} of a shape with {SHAPES[names[c]][0]}"
+        text += f" in {list(COLOURS)[colour]}" * (rng.random() < 0.2)
+        texts.append(text + f" on {list(BACKGROUNDS)[background]}" * (rng.random() < 0.15))
+    return texts
+
+
+def shapes_data(root, args):
+    """The reference data (photo style, biased context) and its six shifts (free context); `root` is not used."""
+    def split(name, key, n, style=0, colour=0.0, background=0.0, noise=0.09):
+        rng = np.random.default_rng([7, key])
+        y = rng.integers(len(SHAPES), size=n)
+        images = draw(rng, y, np.full(n, style), prefer(rng, y % 6, colour),
+                      prefer(rng, (y + y // 6) % 6, background), np.full(n, noise))
+        return ImageSet(name, images, y)
+
+    biased = dict(colour=0.5, background=0.9)
+    shifts = {"recolor": {}, **{STYLES[i]: {"style": i} for i in range(1, 5)}, "noisy": {"noise": 0.18}}
+    tests = {"test": split("test", 3, 1000, **biased),
+             **{name: split(name, 10 + i, 1000, **how) for i, (name, how) in enumerate(shifts.items())}}
+    return Data(list(SHAPES), ["a photo of a {}"], split("train", 1, 3000, **biased), split("val", 2, 1000, **biased),
+                tests, {name: f"a photo of a shape with {text}" for name, (text, _, _) in SHAPES.items()})
+
+
+def shapes_clip(seed):
+    """Folder of the tiny CLIP for --data shapes: pre-trained once a seed, then kept in the user's cache directory."""
+    source = "".join(map(inspect.getsource, (draw, prefer, captions, pretrain))) + str([list(SHAPES), COLOURS])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shapes-clip"
+    path = cache / f"s{seed}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    if RANK == 0 and not path.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=cache))
+        pretrain(seed, temporary)
+        try:
+            temporary.rename(path)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
+    if WORLD > 1:
+        dist.barrier()
+    return path
+
+
+def pretrain(seed, out, n=40_000, epochs=4, batch=128, lr=2e-3):
+    """Pre-train the tiny CLIP on n captioned images with CLIP's symmetric loss; saved as an open_clip folder."""
+    rng, state = np.random.default_rng([seed, 0]), torch.get_rng_state()
+    torch.manual_seed(seed)
+    y, styles, named = rng.integers(len(SHAPES), size=n), rng.integers(5, size=n), rng.random(n) < 0.6
+    colours = prefer(rng, y % 6, np.where(named, 0.3, 0))  # names, not descriptions, go with a colour
+    backgrounds = rng.integers(6, size=n)
+    config = {"embed_dim": 64, "text_cfg": dict(context_length=20, vocab_size=49408, width=64, heads=2, layers=1),
+              "vision_cfg": dict(image_size=32, patch_size=8, width=96, head_width=32, layers=2, mlp_ratio=2.0)}
+    clip = open_clip.CLIP(**config)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PreprocessCfg.mean, PreprocessCfg.std))
+    images = torch.from_numpy(draw(rng, y, styles, colours, backgrounds, rng.uniform(0.03, 0.12, n)))
+    texts, which = np.unique(captions(rng, y, styles, colours, backgrounds, named), return_inverse=True)
+    tokens = open_clip.SimpleTokenizer(context_length=20)(list(texts))
+    # Train the embeddings of the few ids in use: the optimiser would spend its time on 49,408 rows otherwise.
+    used, compact = tokens.unique(return_inverse=True)
+    embedding = clip.token_embedding
+    clip.token_embedding = nn.Embedding.from_pretrained(embedding.weight.detach()[used], freeze=False)
+    matrices = [p for p in clip.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": [p for p in clip.parameters() if p.ndim < 2], "weight_decay": 0.0}],
+                                  lr=lr, betas=(0.9, 0.98))
+    total, order, target = n // batch * epochs, [], torch.arange(batch)
+    for step in tqdm(range(total), "pre-training the tiny CLIP (once)", disable=None):
+        if len(order) < batch:
+            order = rng.permutation(n)
+        chosen, order = order[:batch], order[batch:]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, lr, 0.1)
+        pixels = (images[chosen].permute(0, 3, 1, 2) / 255 - mean) / std
+        unique, back = torch.from_numpy(which[chosen]).unique(return_inverse=True)
+        z = clip.logit_scale.exp() * clip.encode_image(pixels, normalize=True) @ clip.encode_text(
+            compact[unique], normalize=True)[back].T
+        loss = (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        clip.logit_scale.data.clamp_(max=math.log(100))
+    embedding.weight.data[used] = clip.token_embedding.weight.data
+    clip.token_embedding = embedding
+    torch.set_rng_state(state)
+    save_tensors(out / "open_clip_model.safetensors", clip.state_dict())
+    write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
+
+
+DATA = {"shapes": shapes_data, "folder": folder_data}  # --data: function(data_dir, args) -> Data
