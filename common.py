@@ -61,7 +61,7 @@ def cli(main):
     try:
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        logging.getLogger().setLevel(logging.ERROR)  # open_clip reports routine steps as warnings
+        logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs routine steps as warnings, and what it raises
         main()
     except Fail as error:
         message = error
@@ -225,7 +225,7 @@ def load_clip(args, device):
                                       require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip and the hub raise a dozen types for a missing file, network or key
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip().splitlines() or [repr(error)])[0][:150]
         raise Fail(f"--model {args.model} --pretrained {tag}: the weights could not be loaded ({reason}); without "
                    "internet copy them here and use local-dir:PATH or a weights file") from None
     return clip.eval(), tokenizer

@@ -1,0 +1,62 @@
+"""Cost of a training step against plain fine-tuning: python tests/bench_step.py [--model ViT-B-32] [--batch 32] ...
+
+Random weights and images; plain and method steps alternate in one run, and the ratio is of the medians. On CUDA the
+towers run in bf16; peak memory is per method there, and of the process on CPU.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import lipsum_ft
+
+p = argparse.ArgumentParser()
+p.add_argument("--model", default="ViT-B-32")
+p.add_argument("--batch", type=int, default=32)
+p.add_argument("--classes", type=int, default=1000)
+p.add_argument("--steps", type=int, default=10)
+p.add_argument("--compile", action="store_true")
+a = p.parse_args()
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+amp = torch.bfloat16 if device.type == "cuda" else None
+torch.manual_seed(0)
+clip = open_clip.create_model(a.model, device=device).eval()
+tokenizer = open_clip.get_tokenizer(a.model)
+W = F.normalize(torch.randn(a.classes, clip.text_projection.shape[1], device=device), dim=-1)
+new = lambda: common.ImageClassifier(open_clip.create_model(a.model, device=device).visual, W, 100.0, amp=amp)
+zero_shot = new().eval()
+losses = {"plain": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 0, 80, 8, 0),
+          "Lipsum-FT": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 1.0, 80, 8, 0)}
+model = new().train()
+runner = torch.compile(model) if a.compile else model
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+seconds, memory = {k: [] for k in losses}, {}
+for step in range(-2, a.steps):  # two rounds of warm-up
+    for name, loss_fn in losses.items():
+        size = clip.visual.image_size if isinstance(clip.visual.image_size, tuple) else (clip.visual.image_size,) * 2
+        batch = common.Batch(torch.randn(a.batch, 3, *size, device=device),
+                             torch.randint(a.classes, (a.batch,), device=device), torch.arange(a.batch), step + 2)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        loss_fn(runner, batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            memory[name] = torch.cuda.max_memory_allocated() / 2**30
+        if step >= 0:
+            seconds[name].append(time.perf_counter() - begun)
+plain = statistics.median(seconds["plain"])
+for name, values in seconds.items():
+    t = statistics.median(values)
+    peak = f", peak memory {memory[name]:.2f} GiB" if memory else ""
+    print(f"{name:10} {1000 * t:9.1f} ms a step, {a.batch / t:8.1f} images/s, {t / plain:.3f} x plain{peak}")
