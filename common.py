@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         raise Fail(f"{message} (see --help)")
 
 
-def parser(doc):
+def parser(doc, freeze=("none", "head")):
     """The flags that all methods share. RECIPE defaults come from the method's RECIPES[--data]."""
     p = Parser(doc)
     p.add("--data", "shapes", "data set: " + ", ".join(DATA))
@@ -133,9 +133,9 @@ def parser(doc):
     p.add("--wd", RECIPE, "weight decay, on every trained parameter", type=number(float, 0))
     p.add("--warmup", RECIPE, "linear warm-up: optimiser steps, or below 1 a fraction of them", type=number(float, 0))
     p.add("--grad-clip", RECIPE, "largest gradient norm; 0 does not clip", type=number(float, 0))
-    p.add("--augment", RECIPE, "none; crop: random crop of 90-100%% of the area; crop-flip: 8-100%% and a flip",
+    p.add("--augment", RECIPE, "none; crop: random crop of 90-100% of the area; crop-flip: 8-100% and a flip",
           choices=["none", "crop", "crop-flip"])
-    p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
+    p.add("--freeze", "none", "part that is not trained", choices=freeze)
     p.add("--shots", 0, "train on K images of each class; 0 is all", type=number(int, 0))
     p.add("--holdout", RECIPE, "share of the training images held out if the data has no validation split",
           type=number(float, 0, 0.9))
@@ -281,6 +281,21 @@ class Setup:
     def scale(self):
         return self.clip.logit_scale.exp().item()  # s
 
+    def train(self, model, loss_fn, out):
+        """Train on the augmented training images and save the model to `out`; see train()."""
+        images = self.data.train.augmented(self.args.augment, PreprocessCfg(**self.clip.visual.preprocess_cfg),
+                                           self.args.seed)
+        train(model, images, loss_fn, self.args, out)
+        save_run(self, model, out)
+        return model
+
+    def merged(self, theta_0, theta_1, alpha):
+        """A model with weights (1 - alpha) theta_0 + alpha theta_1: WiSE-FT, for the other methods' --alpha."""
+        a, b = theta_0.state_dict(), theta_1.state_dict()
+        model = copy.deepcopy(theta_1)
+        model.load_state_dict({k: (1 - alpha) * a[k] + alpha * b[k] if b[k].is_floating_point() else b[k] for k in b})
+        return model
+
     def classifier(self, folded=False, head=None):
         """The zero-shot model theta_0 as an ImageClassifier with a copy of the image tower, ready to be trained."""
         head = self.head if head is None else head
@@ -311,7 +326,6 @@ def start(args):
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
     for split in [data.train, data.val, *data.tests.values()]:
         split.transform = image_transform_v2(preprocess, is_train=False)
-    data.train = data.train.augmented(args.augment, preprocess, args.seed)
     head = zero_shot_head(clip, tokenizer, data.classnames, data.templates)
     setup = Setup(args, data, clip, tokenizer, head, run_folder(args), device,
                   {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind])
@@ -686,6 +700,34 @@ def predict(model, dataset, args):
     return both["logits"], both["features"], dataset.labels
 
 
+def collect_once(function, models, dataset, setup, folder):
+    """collect(), kept in folder/cache under a hash of the models' weights and the data listing.
+
+    Other weights, files or preprocessing give another name, so that a stale result cannot be read. `function` must
+    be the only one used with these models and this data set.
+    """
+    digest = hashlib.sha256(f"{dataset.transform} {setup.amp} {setup.device.type}".encode())
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    if isinstance(dataset.images, list):
+        digest.update(str([(str(p), os.path.getsize(p), os.stat(p).st_mtime_ns) for p in dataset.images]).encode())
+    else:
+        digest.update(np.ascontiguousarray(dataset.images).tobytes())
+    digest.update(dataset.labels.numpy().tobytes())
+    path = folder / "cache" / f"{dataset.name}-{digest.hexdigest()[:16]}.safetensors"
+    known = path.is_file()
+    if WORLD > 1:
+        dist.barrier()  # no rank looks after rank 0 has written
+    if known:
+        return load_tensors(path)[0]
+    result = collect(function, dataset, setup.args, setup.device)
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, result)
+    return result
+
+
 def evaluate(rows, setup):
     """{row: {test: metrics}} over all test sets, each streamed once.
 
@@ -858,6 +900,36 @@ def finish(setup, results, **more):
         cells = [r["id"], r["ood"], *(t[s]["acc"] for s in shifts), t[id_test]["nll"], mean(t, "nll"),
                  t[id_test]["ece"], mean(t, "ece")]
         say(f"{r['name']:<{wide}}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells))
+
+
+def id_ood(tests, names):
+    """(ID, mean of the shifts) accuracy of one row's {test: metrics}; names: ID first."""
+    return tests[names[0]]["acc"], float(np.mean([tests[t]["acc"] for t in names[1:]]))
+
+
+def pyplot():
+    """matplotlib.pyplot on rank 0, or None with a hint."""
+    if RANK > 0:
+        return None
+    try:
+        import matplotlib
+    except ImportError:
+        return say("no figures: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def percent_axes(ax, points, x_label, y_label, logit=False):
+    """Labels, a grid and, if asked for, logit-scaled axes in percent with limits around the points."""
+    ax.set(xlabel=x_label, ylabel=y_label)
+    ax.grid(alpha=0.3)
+    if logit:  # matplotlib's own logit scale wants (0, 1) and labels badly within a few percent
+        squash = lambda p: np.log(np.clip(p, 1e-3, 99.999) / (100 - np.clip(p, 1e-3, 99.999)))
+        for axis, values in zip("xy", zip(*points)):
+            low, high = max(0.1, min(values) - 1), min(99.95, max(values) + 1)
+            getattr(ax, f"set_{axis}scale")("function", functions=(squash, lambda z: 100 / (1 + np.exp(-z))))
+            getattr(ax, f"set_{axis}lim")(low, high)
 
 
 # ----------------------------------------- the embedded world: `shapes` -----------------------------------------

@@ -130,9 +130,7 @@ def main():
 
     def fit(lam, out):
         loss_fn = make_loss(setup.clip, zero_shot, setup.tokenizer, lam, args.texts, args.text_length, args.seed)
-        model = common.train(setup.classifier(), setup.data.train, loss_fn, args, out)
-        common.save_run(setup, model, out)
-        return model
+        return setup.train(setup.classifier(), loss_fn, out)
 
     if args.finetuned != "none":
         rows["Lipsum-FT"] = common.load_run(args.finetuned, setup)[1]
@@ -142,11 +140,7 @@ def main():
         rows["Lipsum-FT" if args.lam else "fine-tuned"] = fit(args.lam, setup.out)
     if args.alpha:
         *_, name = rows
-        merged = setup.classifier()
-        theta_0, theta_1 = zero_shot.state_dict(), rows[name].state_dict()
-        merged.load_state_dict({k: torch.lerp(theta_0[k], theta_1[k], args.alpha)
-                                if theta_0[k].is_floating_point() else theta_1[k] for k in theta_0})
-        rows[f"{name} + WiSE {args.alpha:g}"] = merged
+        rows[f"{name} + WiSE {args.alpha:g}"] = setup.merged(zero_shot, rows[name], args.alpha)
     common.finish(setup, common.evaluate(rows, setup))
 
 
