@@ -156,13 +156,15 @@ def parser(doc, freeze=("none", "head")):
     return p
 
 
-FREE = {"resume", "workers", "save_every"}  # flags that may change on --resume: they do not change the result
+FREE = {"resume", "workers", "save_every", "predict"}  # may change on --resume: they do not change the result
 INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "shots", "seed"]
 
 
 def parse(p, method, recipes, argv=None):
     """Flags -> Namespace: given flags over those of --resume / --finetuned over the recipe over the defaults."""
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+    for key in {"data_dir", "finetuned"} & given.keys():  # a run can be found again from any folder
+        given[key] = str(Path(given[key]).expanduser().resolve())
     stored, inherited = {}, {}
     if "resume" in given:
         stored = read_json(Path(given["resume"]) / "args.json", "a run folder to --resume")
@@ -1018,7 +1020,7 @@ def captions(rng, labels, styles, colours, backgrounds, named):
     for c, style, colour, background, name in zip(labels, styles, colours, backgrounds, named):
         style = "photo" if rng.random() < 0.15 else STYLES[style]
         c = rng.integers(len(names)) if rng.random() < 0.05 else c
-        what = SHAPES[names[c]][1] if rng.random() < 0.4 else names[c]
+        what = SHAPES[names[c]][1] if rng.random() < 0.44 else names[c]
         text = f"a {style} of a {what}" if name else f"a {style} of a shape with {SHAPES[names[c]][0]}"
         text += f" in {list(COLOURS)[colour]}" * (rng.random() < 0.2)
         texts.append(text + f" on {list(BACKGROUNDS)[background]}" * (rng.random() < 0.15))
@@ -1060,7 +1062,7 @@ def shapes_clip(seed):
     return path
 
 
-def pretrain(seed, out, n=40_000, epochs=4, batch=128, lr=2e-3):
+def pretrain(seed, out, n=40_000, epochs=8, batch=128, lr=2e-3):
     """Pre-train the tiny CLIP on n captioned images with CLIP's symmetric loss; saved as an open_clip folder."""
     rng, state = np.random.default_rng([seed, 0]), torch.get_rng_state()
     torch.manual_seed(seed)
