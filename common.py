@@ -135,7 +135,8 @@ def parser(doc, freeze=("none", "head")):
     p.add("--grad-clip", RECIPE, "largest gradient norm; 0 does not clip", type=number(float, 0))
     p.add("--augment", RECIPE, "none; crop: random crop of 90-100% of the area; crop-flip: 8-100% and a flip",
           choices=["none", "crop", "crop-flip"])
-    p.add("--freeze", "none", "part that is not trained", choices=freeze)
+    if freeze:
+        p.add("--freeze", "none", "part that is not trained", choices=freeze)
     p.add("--shots", 0, "train on K images of each class; 0 is all", type=number(int, 0))
     p.add("--holdout", RECIPE, "share of the training images held out if the data has no validation split",
           type=number(float, 0, 0.9))
@@ -259,11 +260,11 @@ class ImageClassifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(head), device=head.device)) if bias else None
         self.register_buffer("scale", torch.as_tensor(float(scale), device=head.device))
 
-    def forward(self, x):
+    def forward(self, x, head=None):  # `head` (C, D) stands in for self.head
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             features = self.visual(x)
         features = F.normalize(features.float(), dim=-1)
-        logits = self.scale * F.linear(features, self.head)
+        logits = self.scale * F.linear(features, self.head if head is None else head)
         return (logits if self.bias is None else logits + self.bias), features
 
 
@@ -278,18 +279,17 @@ class Setup:
     out: Path
     device: torch.device
     amp: torch.dtype | None  # None is fp32
+    checked: object          # what the method's own check(data, clip, tokenizer) returned
 
     @property
     def scale(self):
         return self.clip.logit_scale.exp().item()  # s
 
-    def train(self, model, loss_fn, out):
-        """Train on the augmented training images and save the model to `out`; see train()."""
+    def fit(self, model, loss_fn, out):
+        """train() on the augmented training images."""
         images = self.data.train.augmented(self.args.augment, PreprocessCfg(**self.clip.visual.preprocess_cfg),
                                            self.args.seed)
-        train(model, images, loss_fn, self.args, out)
-        save_run(self, model, out)
-        return model
+        return train(model, images, loss_fn, self.args, out)
 
     def merged(self, theta_0, theta_1, alpha):
         """A model with weights (1 - alpha) theta_0 + alpha theta_1: WiSE-FT, for the other methods' --alpha."""
@@ -303,13 +303,13 @@ class Setup:
         head = self.head if head is None else head
         model = ImageClassifier(copy.deepcopy(self.clip.visual), self.scale * head if folded else head,
                                 1.0 if folded else self.scale, bias=folded, amp=self.amp)
-        model.head.requires_grad_(self.args.freeze != "head")
+        model.head.requires_grad_(getattr(self.args, "freeze", "none") != "head")
         if self.args.grad_checkpointing:
             model.visual.set_grad_checkpointing(True)
         return model.to(self.device).eval()
 
 
-def start(args):
+def start(args, check=lambda data, clip, tokenizer: None):
     """Everything that can go wrong for a user goes wrong here: data, model, precision, run folder. Returns a Setup."""
     torch.manual_seed(args.seed)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
@@ -329,8 +329,9 @@ def start(args):
     for split in [data.train, data.val, *data.tests.values()]:
         split.transform = image_transform_v2(preprocess, is_train=False)
     head = zero_shot_head(clip, tokenizer, data.classnames, data.templates)
+    checked = check(data, clip, tokenizer)
     setup = Setup(args, data, clip, tokenizer, head, run_folder(args), device,
-                  {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind])
+                  {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind], checked)
     say(f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out images, "
         f"{len(data.classnames)} classes, tests {', '.join(f'{k} ({len(v)})' for k, v in data.tests.items())}")
     say(f"{args.model}, {kind} on {device}; {training_steps(args, len(data.train))} steps of {args.batch_size} x "
@@ -432,7 +433,7 @@ class Data:
     train: ImageSet
     val: ImageSet
     tests: dict  # name -> ImageSet; the first is the in-distribution (ID) test, all others are shifts (OOD)
-    descriptions: object = None  # concept descriptions, for DRM; any of the three shapes that drm.py accepts
+    descriptions: object = None  # concept descriptions for DRM: (key, value) pairs of any shape that drm.py accepts
 
 
 def load_data(args):
@@ -511,7 +512,7 @@ def folder_data(root, args):
     check_images([p for split in (train, val, *tests.values()) if split for p in split.images])
     described = root / "descriptions.json"
     return Data(list(names.values()), templates, train, val, tests,
-                read_json(described, "descriptions") if described.is_file() else None)
+                read_json(described, "descriptions", pairs=True) if described.is_file() else None)
 
 
 def subfolders(path):
@@ -601,7 +602,7 @@ def train(model, dataset, loss_fn, args, out):
     and at SIGTERM or Ctrl-C; if it is there, training goes on from it, bit for bit on the same machine.
     """
     out.mkdir(parents=True, exist_ok=True)
-    device, checkpoint = model.head.device, out / "last.ckpt"
+    device, checkpoint = next(model.parameters()).device, out / "last.ckpt"
     total = training_steps(args, len(dataset))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
@@ -698,7 +699,8 @@ def collect(function, dataset, args, device):
 
 def predict(model, dataset, args):
     """Logits (N, C), unit features (N, D) and labels (N,) of a data set, in its order, on the CPU."""
-    both = collect(lambda x, y: dict(zip(("logits", "features"), model(x))), dataset, args, model.head.device)
+    both = collect(lambda x, y: dict(zip(("logits", "features"), model(x))), dataset, args,
+                   next(model.parameters()).device)
     return both["logits"], both["features"], dataset.labels
 
 
@@ -786,9 +788,10 @@ def write_json(path, value):
     os.replace(path.with_name(path.name + ".tmp"), path)
 
 
-def read_json(path, what):
+def read_json(path, what, pairs=False):
+    """JSON of a file; pairs: objects as lists of (key, value), which keeps keys that occur twice."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list if pairs else None)
     except OSError as error:
         raise Fail(f"{path}: not found or not readable, so this is not {what} ({error.strerror})") from None
     except ValueError as error:
@@ -843,8 +846,11 @@ def load_checkpoint(path, model, optimizer, scaler):
         raise Fail(f"{path}: not a checkpoint of this model ({str(error).splitlines()[0]})") from None
 
 
-def save_run(setup, model, out):
-    """An open_clip local directory (open_clip.create_model_and_transforms("local-dir:OUT")) and head.safetensors."""
+def save_run(setup, model, out, head={}, text={}):
+    """An open_clip local directory (open_clip.create_model_and_transforms("local-dir:OUT")) and head.safetensors.
+
+    head: further tensors for head.safetensors; text: tensors of a tuned text tower, by their open_clip names.
+    """
     if RANK > 0:
         return
     args, name = setup.args, setup.args.model
@@ -859,11 +865,11 @@ def save_run(setup, model, out):
     else:
         config = open_clip.get_model_config(name)
     visual = {f"visual.{k}": v for k, v in model.visual.state_dict().items()}
-    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **visual})
+    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **text, **visual})
     write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": setup.clip.visual.preprocess_cfg})
     write_json(out / "args.json", vars(args))
-    head = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    save_tensors(out / "head.safetensors", head, {"classnames": setup.data.classnames})
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    save_tensors(out / "head.safetensors", {**own, **head}, {"classnames": setup.data.classnames})
 
 
 def load_run(run, setup):
@@ -877,7 +883,7 @@ def load_run(run, setup):
     weights, _ = load_tensors(Path(run) / "open_clip_model.safetensors")
     visual = {k: v for k, v in weights.items() if k.startswith("visual.")}
     try:
-        theta_1.load_state_dict({**visual, **tensors})
+        theta_1.load_state_dict({**visual, **{k: v for k, v in tensors.items() if k in ("head", "bias", "scale")}})
     except RuntimeError as error:
         raise Fail(f"--finetuned {run}: not a run of {setup.args.model} ({str(error).splitlines()[-1].strip()})") from None
     return theta_0, theta_1
@@ -1041,7 +1047,7 @@ def shapes_data(root, args):
     tests = {"test": split("test", 3, 1000, **biased),
              **{name: split(name, 10 + i, 1000, **how) for i, (name, how) in enumerate(shifts.items())}}
     return Data(list(SHAPES), ["a photo of a {}"], split("train", 1, 3000, **biased), split("val", 2, 1000, **biased),
-                tests, {name: f"a photo of a shape with {text}" for name, (text, _, _) in SHAPES.items()})
+                tests, [(name, f"a photo of a shape with {text}") for name, (text, _, _) in SHAPES.items()])
 
 
 def shapes_clip(seed):

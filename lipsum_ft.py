@@ -130,7 +130,9 @@ def main():
 
     def fit(lam, out):
         loss_fn = make_loss(setup.clip, zero_shot, setup.tokenizer, lam, args.texts, args.text_length, args.seed)
-        return setup.train(setup.classifier(), loss_fn, out)
+        model = setup.fit(setup.classifier(), loss_fn, out)
+        common.save_run(setup, model, out)
+        return model
 
     if args.finetuned != "none":
         rows["Lipsum-FT"] = common.load_run(args.finetuned, setup)[1]

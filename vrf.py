@@ -227,7 +227,9 @@ def fine_tune(setup, out):
     def loss_fn(model, batch):
         return F.cross_entropy(model(batch.images)[0], batch.labels), {}
     zero_shot = setup.classifier(folded=True)
-    return zero_shot, setup.train(copy.deepcopy(zero_shot), loss_fn, out)
+    fine_tuned = setup.fit(copy.deepcopy(zero_shot), loss_fn, out)
+    common.save_run(setup, fine_tuned, out)
+    return zero_shot, fine_tuned
 
 
 def main():

@@ -87,7 +87,9 @@ def fine_tune(setup, out):
     """(theta_0, theta_1) as models with the folded head; with --freeze encoder, on features computed once."""
     theta_0 = setup.classifier(folded=True)
     if setup.args.freeze != "encoder":
-        return theta_0, setup.train(copy.deepcopy(theta_0), make_loss(), out)
+        theta_1 = setup.fit(copy.deepcopy(theta_0), make_loss(), out)
+        common.save_run(setup, theta_1, out)
+        return theta_0, theta_1
     head_only = copy.deepcopy(theta_0)
     head_only.visual, head_only.amp = torch.nn.Identity(), None
     features = common.collect_once(lambda x, y: {"features": theta_0(x)[1]}, [theta_0], setup.data.train, setup, out)
