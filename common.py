@@ -1026,7 +1026,7 @@ def captions(rng, labels, styles, colours, backgrounds, named):
     for c, style, colour, background, name in zip(labels, styles, colours, backgrounds, named):
         style = "photo" if rng.random() < 0.15 else STYLES[style]
         c = rng.integers(len(names)) if rng.random() < 0.05 else c
-        what = SHAPES[names[c]][1] if rng.random() < 0.44 else names[c]
+        what = SHAPES[names[c]][1] if rng.random() < 0.45 else names[c]
         text = f"a {style} of a {what}" if name else f"a {style} of a shape with {SHAPES[names[c]][0]}"
         text += f" in {list(COLOURS)[colour]}" * (rng.random() < 0.2)
         texts.append(text + f" on {list(BACKGROUNDS)[background]}" * (rng.random() < 0.15))

@@ -44,9 +44,10 @@ import common
 
 # ------------------------------------------------------ Args ------------------------------------------------------
 
-PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0, augment="crop", sweep=True)
+PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0, augment="crop", sweep=True,
+             k_rule="code")
 RECIPES = {
-    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none"),
+    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none", k_rule="paper"),
     "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1),
     "imagenet": dict(PAPER, holdout=0.02, sweep=False),
 }
@@ -56,7 +57,7 @@ ALPHAS = [round(0.05 * i, 2) for i in range(21)]  # of OSE and WSE
 def get_args():
     p = common.parser(__doc__)
     p.add("--distance", "squared", "squared as the code, l2 as the paper", choices=["squared", "l2"])
-    p.add("--k-rule", "code", "k = round(1000 |V| / |train|) as the code, floor(0.1%% |V|) as the paper",
+    p.add("--k-rule", common.RECIPE, "k = round(1000 |V| / |train|) as the code, floor(0.1%% |V|) as the paper",
           choices=["code", "paper"])
     p.add("--k", 0, "k itself; 0 follows --k-rule", type=common.number(int, 0))
     p.add("--a", 1.5, "distance at which both models count the same, without --sweep (paper: 1.5)",
