@@ -42,6 +42,7 @@ RECIPES = {
     "folder": dict(PAPER, epochs=10, batch_size=64),
     "imagenet": dict(PAPER, steps=50_000, holdout=0.0),
     "domainnet": dict(PAPER, steps=5_000, holdout=0.0),
+    **{data: dict(PAPER, epochs=10) for data in ("cifar10", "iwildcam", "fmow")},  # not in the paper
 }
 
 
