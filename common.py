@@ -406,11 +406,11 @@ class ImageSet(torch.utils.data.Dataset):
         return logits if self.classes is None else logits[:, self.classes.to(logits.device)].amax(-1)
 
     def subset(self, indices, name=None):
-        other = copy.copy(self)
+        other, chosen = copy.copy(self), torch.as_tensor(indices, dtype=torch.long)  # also if there are none
         other.name = name or self.name
-        other.images = [self.images[i] for i in indices] if isinstance(self.images, list) else self.images[indices]
-        other.labels = self.labels[torch.as_tensor(indices)]
-        other.groups = None if self.groups is None else self.groups[torch.as_tensor(indices)]
+        other.images = [self.images[i] for i in indices] if isinstance(self.images, list) else self.images[chosen]
+        other.labels = self.labels[chosen]
+        other.groups = None if self.groups is None else self.groups[chosen]
         return other
 
     def augmented(self, kind, preprocess, seed):
@@ -711,7 +711,7 @@ def read_pickle(path, expected):
             return [value(v) for v in data]
         kind = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])
         return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, kind).reshape(
-            shape, order="F" if by_column else "C")
+            shape, order="F" if by_column else "C").copy()
 
     try:
         with open(need(path, expected), "rb") as f:
