@@ -386,7 +386,8 @@ class ImageSet(torch.utils.data.Dataset):
         if self.seed is None:
             return self.transform(image), label, i
         # The random draws of an image depend on (seed, epoch, image) alone: not on workers, ranks or a resume.
-        with torch.random.fork_rng(devices=[]):
+        # A worker process has its generator to itself; elsewhere it is put back.
+        with torch.random.fork_rng(devices=[], enabled=torch.utils.data.get_worker_info() is None):
             torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
             return self.transform(image), label, i
 
@@ -394,7 +395,8 @@ class ImageSet(torch.utils.data.Dataset):
     def read(path):
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
+                image.load()
+                return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise Fail(f"{path}: cannot be read as an image ({str(error)[:100]}); repair or remove it") from None
 
