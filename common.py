@@ -8,6 +8,7 @@ C classes, D embedding width. Features are unit-norm fp32; mixed precision appli
 """
 import argparse
 import copy
+import csv
 import errno
 import functools
 import hashlib
@@ -15,7 +16,9 @@ import inspect
 import json
 import logging
 import math
+import operator
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -34,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -140,6 +143,10 @@ def parser(doc, freeze=("none", "head")):
     p.add("--shots", 0, "train on K images of each class; 0 is all", type=number(int, 0))
     p.add("--holdout", RECIPE, "share of the training images held out if the data has no validation split",
           type=number(float, 0, 0.9))
+    p.add("--limit", 0, "images kept of each split, spread over its classes, for a quick run; 0 is all",
+          type=number(int, 0))
+    p.add("--skip-bad-images", False, "check all images first and leave broken ones out, counted and listed",
+          action=argparse.BooleanOptionalAction)
     p.add("--tests", "all", "comma-separated names of the test sets to evaluate")
     p.add("--finetuned", "none", "finished run to start from instead of training")
     p.add("--precision", "auto", "of the towers; auto is bf16 or fp16 on CUDA, fp32 on CPU",
@@ -148,7 +155,8 @@ def parser(doc, freeze=("none", "head")):
     p.add("--grad-checkpointing", False, "recompute activations to save memory", action=argparse.BooleanOptionalAction)
     p.add("--workers", -1, "data-loading processes per rank; -1 is one a core (at most 8), 0 for images in memory",
           type=number(int, -1))
-    p.add("--device", "auto", "auto, cpu or cuda")
+    p.add("--bench-data", False, "print images/s of the training input pipeline alone and exit", action="store_true")
+    p.add("--device", "auto", "where to compute", choices=["auto", "cpu", "cuda"])
     p.add("--seed", 0, "of data order, augmentation and everything random in a method", type=number(int, 0))
     p.add("--pretrain-seed", 0, "of the tiny CLIP of --data shapes", type=number(int, 0))
     p.add("--out", "runs/METHOD-DATA-sSEED", "new folder for the run; a taken default gets a number")
@@ -158,7 +166,8 @@ def parser(doc, freeze=("none", "head")):
 
 
 FREE = {"resume", "workers", "save_every", "predict"}  # may change on --resume: they do not change the result
-INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "shots", "seed"]
+INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit", "shots", "seed",
+             "skip_bad_images"]
 
 
 def parse(p, method, recipes, argv=None):
@@ -276,10 +285,11 @@ class Setup:
     clip: nn.Module
     tokenizer: object
     head: torch.Tensor  # W (C, D)
-    out: Path
     device: torch.device
     amp: torch.dtype | None  # None is fp32
-    checked: object          # what the method's own check(data, clip, tokenizer) returned
+    out: Path = None
+    finetuned: tuple = None  # (theta_0, theta_1) of --finetuned, see load_run()
+    checked: object = None   # what the method's own check(setup) returned
 
     @property
     def scale(self):
@@ -306,11 +316,13 @@ class Setup:
         model.head.requires_grad_(getattr(self.args, "freeze", "none") != "head")
         if self.args.grad_checkpointing:
             model.visual.set_grad_checkpointing(True)
+        if self.device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores want
         return model.to(self.device).eval()
 
 
-def start(args, check=lambda data, clip, tokenizer: None):
-    """Everything that can go wrong for a user goes wrong here: data, model, precision, run folder. Returns a Setup."""
+def start(args, check=lambda setup: None):
+    """A Setup. All mistakes come to light here, check(setup) finding the method's own, before the run gets a folder."""
     torch.manual_seed(args.seed)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if device.type == "cuda":
@@ -328,10 +340,15 @@ def start(args, check=lambda data, clip, tokenizer: None):
     preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
     for split in [data.train, data.val, *data.tests.values()]:
         split.transform = image_transform_v2(preprocess, is_train=False)
+    if args.bench_data:
+        bench_data(data.train.augmented(args.augment, preprocess, args.seed), args)
+        sys.exit()
     head = zero_shot_head(clip, tokenizer, data.classnames, data.templates)
-    checked = check(data, clip, tokenizer)
-    setup = Setup(args, data, clip, tokenizer, head, run_folder(args), device,
-                  {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind], checked)
+    setup = Setup(args, data, clip, tokenizer, head, device,
+                  {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind])
+    if args.finetuned != "none":
+        setup.finetuned = load_run(args.finetuned, setup)
+    setup.checked, setup.out = check(setup), run_folder(args)
     say(f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out images, "
         f"{len(data.classnames)} classes, tests {', '.join(f'{k} ({len(v)})' for k, v in data.tests.items())}")
     say(f"{args.model}, {kind} on {device}; {training_steps(args, len(data.train))} steps of {args.batch_size} x "
@@ -360,16 +377,23 @@ def run_folder(args):
 
 # ------------------------------------------------------ data ------------------------------------------------------
 
+BAD_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a broken file
+
+
 class ImageSet(torch.utils.data.Dataset):
     """Labelled images: item -> (image, label, index).
 
     images: list of file paths, uint8 array (N, H, W, 3), or float tensor of ready features (N, D).
     classes: what logits of all C classes become in this set's label space, before any softmax: None, or a list
     with the ids of each label; the largest logit among a label's ids counts.
+    metric: the one of metrics() that tables and means show. groups: (N,) int, the group of each image, -1 is none.
+    border: pixels cut from each side of an image before the transform.
     """
 
-    def __init__(self, name, images, labels, classes=None):
+    def __init__(self, name, images, labels, classes=None, metric="acc", groups=None, border=0):
         self.name, self.images, self.labels = name, images, torch.as_tensor(np.asarray(labels)).long()
+        self.metric, self.border = metric, border
+        self.groups = None if groups is None else torch.as_tensor(groups)
         self.transform, self.seed = None, None
         if classes is not None:  # pad each label's ids with its first, which leaves the maximum alone
             width = max(map(len, classes))
@@ -385,10 +409,13 @@ class ImageSet(torch.utils.data.Dataset):
         if isinstance(image, torch.Tensor):
             return image, label, i
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else self.read(image)
+        if self.border:
+            image = ImageOps.crop(image, self.border)
         if self.seed is None:
             return self.transform(image), label, i
         # The random draws of an image depend on (seed, epoch, image) alone: not on workers, ranks or a resume.
-        with torch.random.fork_rng(devices=[]):
+        # A worker process has its generator to itself; elsewhere it is put back.
+        with torch.random.fork_rng(devices=[], enabled=torch.utils.data.get_worker_info() is None):
             torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
             return self.transform(image), label, i
 
@@ -396,9 +423,11 @@ class ImageSet(torch.utils.data.Dataset):
     def read(path):
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise Fail(f"{path}: cannot be read as an image ({str(error)[:100]}); repair or remove it") from None
+                image.load()
+                return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
+        except BAD_IMAGE as error:
+            raise Fail(f"{path}: cannot be read as an image ({str(error)[:100]}); repair it, remove it or pass "
+                       "--skip-bad-images") from None
 
     def describe(self, i):
         return str(self.images[i]) if isinstance(self.images, list) else f"{self.name}[{i}]"
@@ -408,10 +437,11 @@ class ImageSet(torch.utils.data.Dataset):
         return logits if self.classes is None else logits[:, self.classes.to(logits.device)].amax(-1)
 
     def subset(self, indices, name=None):
-        other = copy.copy(self)
+        other, chosen = copy.copy(self), torch.as_tensor(indices, dtype=torch.long)  # also if there are none
         other.name = name or self.name
-        other.images = [self.images[i] for i in indices] if isinstance(self.images, list) else self.images[indices]
-        other.labels = self.labels[torch.as_tensor(indices)]
+        other.images = [self.images[i] for i in indices] if isinstance(self.images, list) else self.images[chosen]
+        other.labels = self.labels[chosen]
+        other.groups = None if self.groups is None else self.groups[chosen]
         return other
 
     def augmented(self, kind, preprocess, seed):
@@ -434,22 +464,49 @@ class Data:
     val: ImageSet
     tests: dict  # name -> ImageSet; the first is the in-distribution (ID) test, all others are shifts (OOD)
     descriptions: object = None  # concept descriptions for DRM: (key, value) pairs of any shape that drm.py accepts
+    skipped: dict = field(default_factory=dict)  # --skip-bad-images: path -> reason
 
 
 def load_data(args):
-    """--data -> Data, with --tests, --holdout and --shots applied."""
+    """--data -> Data, with --tests, --limit, --holdout and --shots applied.
+
+    The images of a folder are all decoded once, so that a broken one is named now and not after hours of training;
+    --skip-bad-images does so for any data set and leaves the broken ones out.
+    """
     data = DATA[args.data](Path(args.data_dir).expanduser(), args)
     if args.tests != "all":
         wanted = args.tests.split(",")
         unknown = [t for t in wanted if t not in data.tests]
         if unknown:
-            raise Fail(f"--tests {unknown[0]}: no such test set; {args.data} has {', '.join(data.tests)}")
+            raise Fail(f"--tests {unknown[0]}: no such test set on disk; {args.data} has {', '.join(data.tests)}")
         data.tests = {k: v for k, v in data.tests.items() if k in wanted}
+    if args.data == "folder" or args.skip_bad_images:
+        splits = [x for x in (data.train, data.val, *data.tests.values()) if x is not None and isinstance(x.images, list)]
+        data.skipped = unreadable([path for split in splits for path in split.images])
+        for path in data.skipped:
+            if not args.skip_bad_images:
+                ImageSet.read(path)  # fails with the reason
+            say(f"--skip-bad-images: {path} ({data.skipped[path]})")
+        for split in splits if data.skipped else []:
+            split.__dict__ = split.subset([i for i, path in enumerate(split.images) if path not in data.skipped]).__dict__
+    if args.limit:
+        data.train, data.val = spread(data.train, args.limit), data.val and spread(data.val, args.limit)
+        data.tests = {k: spread(v, args.limit) for k, v in data.tests.items()}
     if data.val is None:
         data.train, data.val = hold_out(data.train, args.holdout)
     if args.shots:
         data.train = few_shot(data.train, args.shots, args.seed)
     return data
+
+
+def spread(dataset, n):
+    """n images, the classes taken in turn; the same images in every run and method."""
+    order = np.random.default_rng(0).permutation(len(dataset))
+    labels = dataset.labels.numpy()[order]
+    by_class = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[by_class], labels)  # where an image's class begins in by_class
+    turn = np.argsort(by_class) - first                # 0 for the first image of each class, 1 for the second, ...
+    return dataset.subset(sorted(order[np.argsort(turn, kind="stable")[:n]].tolist()))
 
 
 def hold_out(train, share):
@@ -476,8 +533,7 @@ def few_shot(train, shots, seed):
 
 def folder_data(root, args):
     """DIR/train/CLASS/*, DIR/test/CLASS/*, and if present DIR/val/CLASS/*, DIR/shifts/NAME/CLASS/*, DIR/classnames.txt
-    (folder<TAB>name a line), DIR/templates.txt (one with {} a line) and DIR/descriptions.json. Every image is
-    decoded once (at reduced size) so that an unreadable one is named now and not after hours of training."""
+    (folder<TAB>name a line), DIR/templates.txt (one with {} a line) and DIR/descriptions.json."""
     if not root.is_dir():
         raise Fail(f"--data-dir {root}: no such folder; expected train/CLASS/*.jpg, test/CLASS/*.jpg and optionally "
                    "val/CLASS/*.jpg and shifts/NAME/CLASS/*.jpg in it")
@@ -509,7 +565,6 @@ def folder_data(root, args):
     tests = {"test": read(root / "test", "test"), **{s: read(root / "shifts" / s, s) for s in shifts}}
     val = read(root / "val", "val") if (root / "val").is_dir() else None
     train = read(root / "train", "train")
-    check_images([p for split in (train, val, *tests.values()) if split for p in split.images])
     described = root / "descriptions.json"
     return Data(list(names.values()), templates, train, val, tests,
                 read_json(described, "descriptions", pairs=True) if described.is_file() else None)
@@ -526,18 +581,285 @@ def read_lines(path):
     return [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()] if path.is_file() else []
 
 
-def check_images(paths):
-    """Decode every file once, JPEGs at an eighth of their size (they are still read to the end); Fail on a bad one."""
-    def check(path):
+def unreadable(paths):
+    """{path: reason} of the files that are not images, from decoding each once; JPEGs at an eighth of their size."""
+    def reason(path):
         try:
             with Image.open(path) as image:
-                image.draft("RGB", (1, 1))
+                image.draft("RGB", (1, 1))  # still reads a JPEG to its end
                 image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            ImageSet.read(path)  # raises the sentence
+        except BAD_IMAGE as error:
+            return str(error)[:100]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(check, paths), "checking images", len(paths), disable=RANK > 0 or None, leave=False):
-            pass
+        reasons = list(tqdm(pool.map(reason, paths), "checking images", len(paths), disable=RANK > 0 or None, leave=False))
+    return {path: why for path, why in zip(paths, reasons) if why is not None}
+
+
+# ---------------------------------------------- the papers' data sets ----------------------------------------------
+# Each is read from the tree in which it is published, below --data-dir. A shift that is not on disk is skipped with
+# one line; training images and the ID test must be there. Images are first opened when they are used.
+
+def need(path, expected):
+    """`path` if it is on disk; otherwise a Fail with the expected tree, or that the tree is one folder too deep."""
+    twice = path.parent / path.parent.name
+    if not path.exists() and (twice / path.name).exists():
+        raise Fail(f"{twice}: the tree is nested twice; move what is in it up to {path.parent}")
+    if not path.exists():
+        raise Fail(f"{path}: not found; expected below --data-dir: {expected}")
+    return path
+
+
+def on_disk(root, places):
+    """{test: ImageSet} of the {test: (place below root, reader(name, path))} that are there; a line for each other."""
+    for name, (place, _) in places.items():
+        if not (root / place).exists():
+            say(f"test set {name} is skipped: {root / place} not found")
+    return {name: read(name, root / place) for name, (place, read) in places.items() if (root / place).exists()}
+
+
+def class_tree(name, path, index, ignored=()):
+    """ImageSet of path/FOLDER/* for the folders and labels of `index`; `ignored` folders may be there too."""
+    images, labels = [], []
+    for folder in sorted(set(subfolders(path)) - set(ignored)):
+        entries = sorted((e for e in os.scandir(path / folder) if e.name[0] != "."), key=lambda e: e.name)
+        files = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS)]
+        if not files and any(e.is_dir() for e in entries):
+            raise Fail(f"{path / folder}: holds folders, not images: the tree is nested twice; move them up to {path}")
+        if folder not in index:
+            raise Fail(f"{path / folder}: not a class of {name}, whose folders are {', '.join(list(index)[:3])}, ...")
+        if not files:
+            raise Fail(f"{path / folder}: no image in that class folder ({', '.join(IMG_EXTENSIONS)})")
+        images += files
+        labels += [index[folder]] * len(files)
+    return ImageSet(name, images, labels)
+
+
+def listed(name, rows, source, **how):
+    """ImageSet of the rows [(file, label), ...] that the file `source` lists."""
+    if not rows:
+        raise Fail(f"{source}: lists no image for {name}")
+    need(Path(rows[0][0]), f"the images that {source.name} lists, starting with this one")
+    return ImageSet(name, [row[0] for row in rows], [row[1] for row in rows], **how)
+
+
+def imagenet_data(root, args):
+    """ImageNet (ILSVRC 2012) with its shifts V2, R, A, Sketch and ObjectNet; WNID is a WordNet id such as n01440764.
+
+    imagenet/{train,val}/WNID/*; imagenet-r/WNID/*; imagenet-a/WNID/*; sketch/WNID/* (or imagenet-sketch);
+    imagenetv2-matched-frequency-format-val/{0..999}/*, named by the class id, so that '10' is not the third class;
+    objectnet-1.0/. The head has all 1000 classes, also if the tree has fewer; on R and A the logits of the classes
+    without a folder (800 of the published trees) are dropped before any softmax.
+    """
+    from timm.data import ImageNetInfo  # the 1000 WordNet ids in the order of open_clip.IMAGENET_CLASSNAMES
+    wnids = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+
+    def full(name, path):
+        return class_tree(name, need(path, "imagenet/train/WNID/*.JPEG and imagenet/val/WNID/*.JPEG"), wnids)
+
+    def part(name, path):
+        dataset = full(name, path)
+        ids, labels = dataset.labels.unique(return_inverse=True)
+        return ImageSet(name, dataset.images, labels, classes=ids[:, None].tolist())
+
+    train, test = full("train", root / "imagenet/train"), full("imagenet", root / "imagenet/val")
+    shifts = on_disk(root, {
+        "v2": ("imagenetv2-matched-frequency-format-val",
+               lambda name, path: class_tree(name, path, {str(i): i for i in range(1000)})),
+        "r": ("imagenet-r", part), "a": ("imagenet-a", part),
+        "sketch": ("imagenet-sketch" if (root / "imagenet-sketch").is_dir() else "sketch", full),
+        "objectnet": ("objectnet-1.0", objectnet)})
+    return Data(list(open_clip.IMAGENET_CLASSNAMES), list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None,
+                {"imagenet": test, **shifts})
+
+
+def objectnet(name, path):
+    """objectnet-1.0/images/FOLDER/*.png and mappings/: the 113 classes that ImageNet has, some under several ids.
+
+    Joined as the data set's own files say: FOLDER -> ObjectNet label -> ImageNet names -> line in
+    imagenet_to_label_2012_v2 -> class id. Two pixels are cut from each side: the images have a red border.
+    """
+    load = lambda file: read_json(path / "mappings" / file, "one of ObjectNet's mappings")
+    try:
+        lines = read_lines(path / "mappings/imagenet_to_label_2012_v2")
+        ids = {lines[line].strip(): int(i) for i, line in load("pytorch_to_imagenet_2012_id.json").items()}
+        folders = {label: folder for folder, label in load("folder_to_objectnet_label.json").items()}
+        classes = {folders[label]: [ids[n] for n in names.split("; ")]
+                   for label, names in load("objectnet_to_imagenet_1k.json").items()}
+    except (KeyError, IndexError) as error:
+        raise Fail(f"{path / 'mappings'}: the four published files do not fit together ({error!r})") from None
+    order, images = sorted(classes), need(path / "images", "objectnet-1.0/images/FOLDER/*.png")
+    dataset = class_tree(name, images, {f: i for i, f in enumerate(order)}, ignored=set(folders.values()) - set(order))
+    say(f"objectnet: {len(dataset):,} of {sum(1 for _ in images.glob('*/*.png')):,} images are of the {len(order)} "
+        "classes that ImageNet has (18,574 of 50,273 expected)")
+    return ImageSet(name, dataset.images, dataset.labels, [classes[folder] for folder in order], border=2)
+
+
+def domainnet_data(root, args):
+    """DomainNet: domainnet/DOMAIN_{train,test}.txt, lines 'DOMAIN/CLASS/FILE LABEL'; domainnet/DOMAIN/CLASS/*."""
+    root, folders = root / "domainnet", {}  # label -> CLASS, as in real_train.txt
+
+    def read(name, path, split="test"):
+        listing = need(root / f"{name}_{split}.txt", f"domainnet/{name}_{split}.txt and domainnet/{name}/CLASS/*.jpg")
+        rows = []
+        for line in read_lines(listing):
+            file, _, label = line.rpartition(" ")
+            if file.count("/") != 2 or not label.isdigit():
+                raise Fail(f"{listing}: '{line}' is not DOMAIN/CLASS/FILE LABEL")
+            folder, label = file.split("/")[1], int(label)
+            if split == "train":
+                folders.setdefault(label, folder)
+            if folders.get(label) != folder:
+                raise Fail(f"{listing}: '{line}': in real_train.txt label {label} is {folders.get(label, 'not used')}")
+            rows.append((str(root / file), label))
+        return listed(name, rows, listing)
+
+    train, test = read("real", root, "train"), read("real", root)
+    shifts = on_disk(root, {domain: (domain, read) for domain in ("painting", "clipart", "infograph", "sketch")})
+    if sorted(folders) != list(range(len(folders))):
+        raise Fail(f"{root / 'real_train.txt'}: its {len(folders)} labels are not 0 to {len(folders) - 1}")
+    names = [folders[i].replace("_", " ") for i in sorted(folders)]
+    return Data(names, list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None, {"real": test, **shifts})
+
+
+class Pickled:
+    """A numpy object of a pickle, kept as the plain values it would be built from: numpy's own code is not run."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def read_pickle(path, expected):
+    """What a pickle (CIFAR-10), or the one in a .npy file (CIFAR-10.2), holds, if that is numpy arrays, dict, list,
+    text and numbers. A pickle is a program that may call any function; in this one it may name numpy's array alone."""
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if f"{module}.{name}".replace("_core", "core") in (
+                    "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
+                return Pickled
+            if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+                return lambda text, encoding: text.encode("latin1")
+            raise Fail(f"{path}: refused, its pickle calls {module}.{name} and only numpy arrays are admitted; "
+                       "replace it by the published file")
+
+    def value(x):
+        if isinstance(x, dict):
+            return {k: value(v) for k, v in x.items()}
+        if not isinstance(x, Pickled):
+            return x
+        _, shape, dtype, by_column, data = x.state
+        if dtype.args[0][0] == "O":
+            return [value(v) for v in data]
+        kind = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])
+        return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, kind).reshape(
+            shape, order="F" if by_column else "C").copy()
+
+    try:
+        with open(need(path, expected), "rb") as f:
+            if path.suffix == ".npy":
+                np.lib.format.read_magic(f)
+                np.lib.format.read_array_header_1_0(f)
+            return value(Unpickler(f, encoding="latin1").load())
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
+        raise Fail(f"{path}: not the published file ({error!r:.100})") from None
+
+
+def cifar10_data(root, args):
+    """CIFAR-10: cifar-10-batches-py/{data_batch_1..5,test_batch}; its shifts CIFAR-10.1/cifar10.1_v6_{data,labels}.npy,
+    CIFAR-10.2/cifar102_test.npy and stl10_binary/{test_X.bin,test_y.bin,class_names.txt}. STL-10's monkeys are left
+    out and the logit of frog is dropped: the nine classes that both have are the label space there."""
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+    def batches(name, *files):
+        folder = root / "cifar-10-batches-py"
+        parts = [read_pickle(folder / file, "cifar-10-batches-py/{data_batch_1..5,test_batch}") for file in files]
+        images = np.concatenate([p["data"] for p in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return ImageSet(name, np.ascontiguousarray(images), np.concatenate([p["labels"] for p in parts]))
+
+    def v1(name, path):
+        try:
+            return ImageSet(name, *(np.load(path / f"cifar10.1_v6_{part}.npy", allow_pickle=False)
+                                    for part in ("data", "labels")))
+        except (ValueError, OSError) as error:
+            raise Fail(f"{path}: not the two published cifar10.1_v6_*.npy, data and labels ({error})") from None
+
+    def v2(name, path):
+        [part] = read_pickle(path / "cifar102_test.npy", "CIFAR-10.2/cifar102_test.npy")
+        return ImageSet(name, part["images"], part["labels"])
+
+    def stl10(name, path):
+        files = [need(path / f, f"stl10_binary/{f}") for f in ("test_X.bin", "test_y.bin", "class_names.txt")]
+        images, labels, own = np.fromfile(files[0], np.uint8), np.fromfile(files[1], np.uint8), read_lines(files[2])
+        if len(images) != len(labels) * 3 * 96 * 96:
+            raise Fail(f"{files[0]}: its {len(images):,} bytes are not the {len(labels):,} images of test_y.bin")
+        order = {"car": 1, **{n: i for i, n in enumerate(names)}}
+        labels = np.array([order.get(n, -1) for n in own])[labels - 1]  # labels count from 1
+        classes, kept = sorted({order[n] for n in own if n in order}), labels >= 0
+        images = images.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # a channel is stored column by column
+        return ImageSet(name, images[kept], np.searchsorted(classes, labels[kept]), [[c] for c in classes])
+
+    train, test = batches("train", *(f"data_batch_{i}" for i in range(1, 6))), batches("cifar10", "test_batch")
+    shifts = on_disk(root, {"cifar10.1": ("CIFAR-10.1", v1), "cifar10.2": ("CIFAR-10.2", v2),
+                            "stl10": ("stl10_binary", stl10)})
+    return Data(names, list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None, {"cifar10": test, **shifts})
+
+
+def read_csv(path, *columns):
+    """[(value, ...)] of the named columns of every row."""
+    with open(need(path, f"{path.parent.name}/{path.name}"), newline="", encoding="utf-8") as f:
+        rows = csv.reader(f)
+        header = next(rows, [])
+        for column in columns:
+            if column not in header:
+                raise Fail(f"{path}: no column '{column}'; it has {', '.join(header) or 'none'}")
+        get = operator.itemgetter(*map(header.index, columns))
+        try:
+            return [get(row) for row in rows]
+        except IndexError:
+            raise Fail(f"{path}: line {rows.line_num} has fewer values than the header has columns") from None
+
+
+def iwildcam_data(root, args):
+    """iWildCam 2020 as in WILDS: iwildcam_v2.0/metadata.csv (split, filename, y), train/* with the images of all splits
+    and categories.csv (y, name; y = 99999 is no class). ID test: id_test; shift: test, other cameras. If labels.csv of
+    the WiSE-FT code lies beside them, its English names are used, as the papers do."""
+    root = root / "iwildcam_v2.0"
+    rows = read_csv(root / "metadata.csv", "split", "filename", "y")
+    table, column = ("labels.csv", "english") if (root / "labels.csv").is_file() else ("categories.csv", "name")
+    names = {int(y): name.lower() for y, name in read_csv(root / table, "y", column) if y != "99999"}
+    if sorted(names) != list(range(len(names))) or not {int(y) for _, _, y in rows} <= set(names):
+        raise Fail(f"{root / table}: must name the classes 0, 1, ... of metadata.csv")
+
+    def split(name, key):
+        chosen = [(str(root / "train" / file), int(y)) for own, file, y in rows if own == key]
+        return listed(name, chosen, root / "metadata.csv", metric="macro_f1")
+
+    return Data([names[i] for i in sorted(names)], ["a photo of {}."], split("train", "train"), split("val", "id_val"),
+                {"id_test": split("id_test", "id_test"), "test": split("test", "test")})
+
+
+def fmow_data(root, args):
+    """FMoW as in WILDS: fmow_v1.1/rgb_metadata.csv (split, category, country_code, timestamp), whose row i, from 0, is
+    images/rgb_img_{i}.png, and country_code_mapping.csv (alpha-3, region). Official split by time: training and ID
+    before 2013, shift (test) from 2016 on. Class names keep their underscores, as in the papers' prompts."""
+    root, regions = root / "fmow_v1.1", ["Asia", "Europe", "Africa", "Americas", "Oceania"]
+    rows = read_csv(root / "rgb_metadata.csv", "split", "category", "country_code", "timestamp")
+    countries = read_csv(root / "country_code_mapping.csv", "alpha-3", "region")
+    region = {country: regions.index(name) for country, name in countries if name in regions}
+    names = sorted({category for _, category, _, _ in rows})
+    label = {name: i for i, name in enumerate(names)}
+
+    def split(name, key, first, end, metric="acc"):  # from year `first` up to, not including, year `end`
+        chosen = [(str(root / f"images/rgb_img_{i}.png"), label[category], region.get(country, -1))
+                  for i, (own, category, country, when) in enumerate(rows) if own == key and first <= when < end]
+        return listed(name, chosen, root / "rgb_metadata.csv", metric=metric, groups=[c[2] for c in chosen])
+
+    train, val, test = (split(name, key, "", "2013") for name, key in
+                        (("train", "train"), ("val", "val"), ("id_test", "test")))
+    return Data(names, ["satellite photo of a {}."], train, val,
+                {"id_test": test, "test": split("test", "test", "2016", "9", "worst_region")})
 
 
 # ----------------------------------------------------- batches -----------------------------------------------------
@@ -577,6 +899,20 @@ def loader(dataset, batches, args):
     workers = args.workers if args.workers >= 0 else min(8, os.cpu_count()) if isinstance(dataset.images, list) else 0
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                                        pin_memory=torch.cuda.is_available())
+
+
+def bench_data(dataset, args, seconds=20):
+    """Print images/s of the training input pipeline alone: read, decode, augment, batch, pin. No model is involved."""
+    epoch = math.ceil(len(dataset) / args.batch_size)
+    batches = iter(loader(dataset, Stream(len(dataset), args, 0, 10 * epoch), args))
+    next(batches)  # the start of the workers is not part of the rate
+    begun, images = time.time(), 0
+    for x, _, _ in batches:
+        images += len(x)
+        if time.time() - begun > seconds:
+            break
+    rate = images / (time.time() - begun)
+    say(f"input pipeline: {rate:.1f} images/s a rank over {images} images, batch {args.batch_size}, {args.augment}")
 
 
 # ---------------------------------------------------- training ----------------------------------------------------
@@ -627,8 +963,10 @@ def train(model, dataset, loss_fn, args, out):
                 with parallel.no_sync() if WORLD > 1 and micro < args.accum - 1 else nullcontext():
                     loss, parts = loss_fn(runner, batch)
                     if not torch.isfinite(loss):
-                        raise Fail(f"step {step}: the loss is {loss.item()} on {dataset.describe(index[0])} and the "
-                                   f"{len(index) - 1} images with it; lower --lr or repair them, {checkpoint} is kept")
+                        files = out / f"nonfinite-step{step}-rank{RANK}.txt"
+                        files.write_text("\n".join(dataset.describe(i) for i in index.tolist()) + "\n")
+                        raise Fail(f"step {step}: the loss is {loss.item()}; the batch's {len(index)} images are listed in "
+                                   f"{files}; lower --lr or repair them; {checkpoint}, if written, is of an earlier step")
                     scaler.scale(loss / args.accum).backward()
                 for name, value in {"loss": loss, **parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach() / args.accum
@@ -760,11 +1098,30 @@ def per_image(logits, labels):
 
 
 def metrics(values, dataset):
-    """Accuracy and ECE in percent, mean NLL in nats, from per_image() values (N, 3)."""
+    """Accuracy, ECE and the data set's own metric in percent, mean NLL in nats, from per_image() values (N, 3)."""
     confidence, predicted, nll = values.unbind(1)
     correct = predicted == dataset.labels
-    return {"acc": 100 * correct.double().mean().item(), "nll": nll.mean().item(),
+    own = {"macro_f1": 100 * macro_f1(predicted.long(), dataset.labels)} if dataset.metric == "macro_f1" else {}
+    if dataset.groups is not None:
+        own["worst_region"] = 100 * worst_group_accuracy(correct, dataset.groups)
+    return {"acc": 100 * correct.double().mean().item(), **own, "nll": nll.mean().item(),
             "ece": 100 * calibration_error(confidence, correct), "n": len(dataset)}
+
+
+def macro_f1(predicted, labels):
+    """Mean of F1_c = 2 TP / (2 TP + FP + FN) over the classes c that occur in labels, in [0, 1]; both arguments (N,).
+
+    As WILDS computes it for iWildCam: a class without an image has no F1 of its own, but an image that is wrongly
+    given to it still counts as a miss of its own class.
+    """
+    scores = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
+              for c in labels.unique()]
+    return torch.stack(scores).double().mean().item()
+
+
+def worst_group_accuracy(correct, groups):
+    """Smallest accuracy, in [0, 1], of the groups that occur in groups (N,); -1 is no group; correct (N,) bool."""
+    return min((correct[groups == g].double().mean().item() for g in groups.unique() if g >= 0), default=math.nan)
 
 
 def expected_calibration_error(probs, labels, bins=15):
@@ -892,20 +1249,25 @@ def load_run(run, setup):
 def finish(setup, results, **more):
     """Write results.json and print its table, the last thing of a run. results: {row: {test: metrics}}."""
     id_test, *shifts = setup.data.tests
-    mean = lambda tests, key: float(np.mean([tests[t][key] for t in shifts])) if shifts else None
-    rows = [{"name": name, "id": tests[id_test]["acc"], "ood": mean(tests, "acc"), "tests": tests}
+    measure = {name: dataset.metric for name, dataset in setup.data.tests.items()}
+    mean = lambda tests, key=None: float(np.mean([tests[t][key or measure[t]] for t in shifts])) if shifts else None
+    rows = [{"name": name, "id": tests[id_test][measure[id_test]], "ood": mean(tests), "tests": tests}
             for name, tests in results.items()]
     args = setup.args
     if RANK == 0:
         write_json(setup.out / "results.json", {"method": args.method, "data": args.data, "model": args.model,
-                                                "seed": args.seed, "args": vars(args), "rows": rows, **more})
-    say(f"\nsaved to {setup.out}. Accuracy in percent; OOD: mean of the shifts; NLL and ECE: ID, then mean of shifts.\n")
+                                                "seed": args.seed, "args": vars(args), "measure": measure,
+                                                "skipped_images": setup.data.skipped, "rows": rows, **more})
+    named = {"acc": "Accuracy", "macro_f1": "Macro-F1", "worst_region": "Worst-region accuracy"}
+    shown = " and ".join(f"{named[m]} ({', '.join(t for t in measure if measure[t] == m)})"
+                         if len(set(measure.values())) > 1 else named[m] for m in dict.fromkeys(measure.values()))
+    say(f"\nsaved to {setup.out}. {shown} in percent; OOD: mean of the shifts; NLL and ECE: ID, then mean of shifts.\n")
     head = [id_test, "OOD", *shifts, "NLL", "NLL ood", "ECE", "ECE ood"]
     wide = max(len(r["name"]) for r in rows) + 1
     say(" " * wide + "".join(f"{h[:9]:>10}" for h in head))
     for r in rows:
         t = r["tests"]
-        cells = [r["id"], r["ood"], *(t[s]["acc"] for s in shifts), t[id_test]["nll"], mean(t, "nll"),
+        cells = [r["id"], r["ood"], *(t[s][measure[s]] for s in shifts), t[id_test]["nll"], mean(t, "nll"),
                  t[id_test]["ece"], mean(t, "ece")]
         say(f"{r['name']:<{wide}}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells))
 
@@ -1050,6 +1412,7 @@ def shapes_data(root, args):
                 tests, [(name, f"a photo of a shape with {text}") for name, (text, _, _) in SHAPES.items()])
 
 
+@functools.cache
 def shapes_clip(seed):
     """Folder of the tiny CLIP for --data shapes: pre-trained once a seed, then kept in the user's cache directory."""
     source = "".join(map(inspect.getsource, (draw, prefer, captions, pretrain))) + str([list(SHAPES), COLOURS])
@@ -1058,11 +1421,12 @@ def shapes_clip(seed):
     if RANK == 0 and not path.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=cache))
-        pretrain(seed, temporary)
         try:
-            temporary.rename(path)
-        except OSError:  # another process was faster
-            shutil.rmtree(temporary)
+            pretrain(seed, temporary)
+            if not path.is_dir():  # another process may have been faster
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     if WORLD > 1:
         dist.barrier()
     return path
@@ -1113,4 +1477,6 @@ def pretrain(seed, out, n=40_000, epochs=8, batch=128, lr=2e-3):
     write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
 
 
-DATA = {"shapes": shapes_data, "folder": folder_data}  # --data: function(data_dir, args) -> Data
+# --data: function(data_dir, args) -> Data
+DATA = {"shapes": shapes_data, "folder": folder_data, "imagenet": imagenet_data, "domainnet": domainnet_data,
+        "cifar10": cifar10_data, "iwildcam": iwildcam_data, "fmow": fmow_data}

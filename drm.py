@@ -224,11 +224,11 @@ def main():
     if args.print_prompt:
         return print(REQUEST + json.dumps(common.load_data(args).classnames, indent=1))
 
-    def check(data, clip, tokenizer):
-        """Texts of both heads, checked before the run gets a folder."""
-        context, read = clip.context_length, read_descriptions(args, data)
-        return [tokenize([[args.prompt.format(c)] for c in data.classnames], tokenizer, context, "--prompt"),
-                tokenize(read, tokenizer, context, "descriptions")]
+    def check(setup):
+        """The texts of both heads as tokens."""
+        prompts, read = [[args.prompt.format(c)] for c in setup.data.classnames], read_descriptions(args, setup.data)
+        return [tokenize(texts, setup.tokenizer, setup.clip.context_length, source)
+                for texts, source in ((prompts, "--prompt"), (read, "descriptions"))]
     setup = common.start(args, check)
     texts = [(tokens.to(setup.device), owner.to(setup.device)) for tokens, owner in setup.checked]
     C = len(setup.data.classnames)
@@ -245,7 +245,7 @@ def main():
         tensors, _ = common.load_tensors(Path(args.finetuned) / "head.safetensors")
         if "head_cd" not in tensors:
             raise common.Fail(f"--finetuned {args.finetuned}: not a run of drm.py, its head has no cd part")
-        model = common.load_run(args.finetuned, setup)[1]
+        model = setup.finetuned[1]
         models["DRM"] = new_model(torch.cat([model.head, tensors["head_cd"].to(setup.device)]))
         models["DRM"].visual = model.visual
     else:

@@ -42,6 +42,7 @@ RECIPES = {
     "folder": dict(PAPER, epochs=10, batch_size=64),
     "imagenet": dict(PAPER, steps=50_000, holdout=0.0),
     "domainnet": dict(PAPER, steps=5_000, holdout=0.0),
+    **{data: dict(PAPER, epochs=10) for data in ("cifar10", "iwildcam", "fmow")},  # not in the paper
 }
 
 
@@ -124,7 +125,14 @@ def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed):
 
 def main():
     args = get_args()
-    setup = common.start(args)
+
+    def check(setup):
+        """The text tower can take the random texts."""
+        try:
+            encode_tokens(setup.clip, torch.zeros(1, args.text_length + 2, dtype=torch.long, device=setup.device))
+        except ValueError as error:
+            raise common.Fail(f"--text-length {args.text_length} with --model {args.model}: {error}") from None
+    setup = common.start(args, check)
     zero_shot = setup.classifier()
     rows = {"zero-shot": zero_shot}
 
@@ -135,7 +143,7 @@ def main():
         return model
 
     if args.finetuned != "none":
-        rows["Lipsum-FT"] = common.load_run(args.finetuned, setup)[1]
+        rows["Lipsum-FT"] = setup.finetuned[1]
     else:
         if args.baseline and args.lam:
             rows["fine-tuned"] = fit(0, setup.out / "fine-tuned")

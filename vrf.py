@@ -237,13 +237,14 @@ def main():
     args = get_args()
     if args.predict != "none":
         return predict_folder(args)
-    setup = common.start(args)
-    if args.finetuned != "none":
-        folder = Path(args.finetuned)
-        zero_shot, fine_tuned = common.load_run(folder, setup)
-    else:
-        folder = setup.out / "fine-tuned"
-        zero_shot, fine_tuned = fine_tune(setup, folder)
+
+    def check(setup):
+        if (args.calibrate or args.sweep) and not args.select_on_test and not len(setup.data.val):
+            raise common.Fail("--holdout 0: no held-out images to calibrate and sweep on; set --holdout, or pass "
+                              "--no-calibrate --no-sweep")
+    setup = common.start(args, check)
+    folder = Path(args.finetuned) if setup.finetuned else setup.out / "fine-tuned"
+    zero_shot, fine_tuned = setup.finetuned or fine_tune(setup, folder)
 
     # Step 1 and 2: the failures V, and what is chosen on held-out images
     bank = failures_of(zero_shot, fine_tuned, setup, folder)
@@ -254,9 +255,6 @@ def main():
         chosen_on, chosen_set = next(iter(setup.data.tests.items()))
         common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {chosen_on}, as the "
                    "released code does; its accuracy is then not an estimate for new images")
-    if not len(chosen_set) and (args.calibrate or args.sweep):
-        raise common.Fail("--holdout 0: no held-out images to calibrate and sweep on; set --holdout, or pass "
-                          "--no-calibrate --no-sweep")
     seen = outputs[chosen_on]
     state = {"failures": len(bank), "k": neighbours(len(bank), len(setup.data.train), args.k_rule), "a": args.a,
              "b": args.b, "distance": args.distance, "space": args.space, "t_zs": 1.0, "t_ft": 1.0, "alpha": 0.5}

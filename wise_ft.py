@@ -161,11 +161,12 @@ def plot_curve(results, alphas, tests, chosen, path, logit_axes=False):
 
 def main():
     args = get_args()
-    setup = common.start(args)
-    if args.finetuned != "none":
-        theta_0, theta_1 = common.load_run(args.finetuned, setup)
-    else:
-        theta_0, theta_1 = fine_tune(setup, setup.out / "fine-tuned")
+
+    def check(setup):
+        if args.select and not len(setup.data.val):
+            raise common.Fail("--select with --holdout 0: no held-out images to select on")
+    setup = common.start(args, check)
+    theta_0, theta_1 = setup.finetuned or fine_tune(setup, setup.out / "fine-tuned")
     alphas, chosen, accuracy = sorted({0, 1, args.alpha, *args.alphas}), args.alpha, None
     if args.select:
         chosen, accuracy = select_alpha(theta_0, theta_1, alphas, setup)

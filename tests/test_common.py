@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import lipsum_ft
 from conftest import complaint, run
 
 
@@ -150,12 +151,16 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, tree, tiny_vit, monke
 
 
 def test_wrong_trees_are_named(tmp_path, tree):
-    """Each change to a good tree is found by folder_data and named; the change is taken back afterwards."""
+    """Each change to a good tree is found and named; the change is taken back afterwards."""
+    def load(*flags):
+        return common.load_data(common.parse(common.parser(""), "lipsum_ft", lipsum_ft.RECIPES,
+                                             ["--data", "folder", "--data-dir", str(tree), *flags]))
+
     def complaint():
         with pytest.raises(common.Fail) as error:
-            common.folder_data(tree, None)
+            load()
         return str(error.value)
-    common.folder_data(tree, None)
+    load()
     (tree / "train" / "empty").mkdir()
     assert str(tree / "train" / "empty") in complaint()
     (tree / "train" / "empty").rmdir()
@@ -167,12 +172,14 @@ def test_wrong_trees_are_named(tmp_path, tree):
     bad.write_bytes(good[:len(good) // 2])  # a truncated JPEG
     assert str(bad) in complaint()
     bad.write_text("<html>404</html>")
-    assert str(bad) in complaint()
+    assert str(bad) in complaint() and "--skip-bad-images" in complaint()
+    data = load("--skip-bad-images")
+    assert list(data.skipped) == [str(bad)] and len(data.tests["dark"]) == 29 and str(bad) not in data.tests["dark"].images
     bad.write_bytes(good)
     (tree / "classnames.txt").write_text("red_square Red Square\n")
     assert "classnames.txt" in complaint() and "TAB" in complaint()
     (tree / "classnames.txt").write_text("red_square\tscarlet tile\n")
-    assert common.folder_data(tree, None).classnames == ["blue square", "green square", "scarlet tile"]
+    assert load().classnames == ["blue square", "green square", "scarlet tile"]
     (tree / "templates.txt").write_text("a photo of a\n")
     assert "templates.txt" in complaint()
     (tree / "templates.txt").unlink()
