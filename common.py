@@ -414,10 +414,13 @@ class ImageSet(torch.utils.data.Dataset):
         if self.seed is None:
             return self.transform(image), label, i
         # The random draws of an image depend on (seed, epoch, image) alone: not on workers, ranks or a resume.
-        # A worker process has its generator to itself; elsewhere it is put back.
-        with torch.random.fork_rng(devices=[], enabled=torch.utils.data.get_worker_info() is None):
-            torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
+        try:
             return self.transform(image), label, i
+        finally:
+            generator.set_state(state)
 
     @staticmethod
     def read(path):
@@ -731,9 +734,9 @@ class Pickled:
         self.state = state
 
 
-def read_pickle(path, expected):
-    """What a pickle (CIFAR-10), or the one in a .npy file (CIFAR-10.2), holds, if that is numpy arrays, dict, list,
-    text and numbers. A pickle is a program that may call any function; in this one it may name numpy's array alone."""
+def read_pickle(path, expected, *keys):
+    """Arrays of equal length under `keys` of the dict in a pickle (CIFAR-10) or in a pickled .npy file (CIFAR-10.2).
+    A pickle is a program that may call any function; in this one it may name numpy's array alone."""
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if f"{module}.{name}".replace("_core", "core") in (
@@ -761,7 +764,12 @@ def read_pickle(path, expected):
             if path.suffix == ".npy":
                 np.lib.format.read_magic(f)
                 np.lib.format.read_array_header_1_0(f)
-            return value(Unpickler(f, encoding="latin1").load())
+            found = value(Unpickler(f, encoding="latin1").load())
+        [found] = found if path.suffix == ".npy" else [found]
+        arrays = [np.asarray(found[key]) for key in keys]
+        if len(set(map(len, arrays))) != 1:
+            raise ValueError(f"{' and '.join(keys)} differ in length")
+        return arrays
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
         raise Fail(f"{path}: not the published file ({error!r:.100})") from None
 
@@ -774,9 +782,10 @@ def cifar10_data(root, args):
 
     def batches(name, *files):
         folder = root / "cifar-10-batches-py"
-        parts = [read_pickle(folder / file, "cifar-10-batches-py/{data_batch_1..5,test_batch}") for file in files]
-        images = np.concatenate([p["data"] for p in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return ImageSet(name, np.ascontiguousarray(images), np.concatenate([p["labels"] for p in parts]))
+        images, labels = zip(*(read_pickle(folder / file, "cifar-10-batches-py/{data_batch_1..5,test_batch}", "data",
+                                           "labels") for file in files))
+        images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return ImageSet(name, np.ascontiguousarray(images), np.concatenate(labels))
 
     def v1(name, path):
         try:
@@ -786,8 +795,8 @@ def cifar10_data(root, args):
             raise Fail(f"{path}: not the two published cifar10.1_v6_*.npy, data and labels ({error})") from None
 
     def v2(name, path):
-        [part] = read_pickle(path / "cifar102_test.npy", "CIFAR-10.2/cifar102_test.npy")
-        return ImageSet(name, part["images"], part["labels"])
+        file = "cifar102_test.npy"
+        return ImageSet(name, *read_pickle(path / file, f"CIFAR-10.2/{file}", "images", "labels"))
 
     def stl10(name, path):
         files = [need(path / f, f"stl10_binary/{f}") for f in ("test_X.bin", "test_y.bin", "class_names.txt")]
@@ -808,7 +817,7 @@ def cifar10_data(root, args):
 
 def read_csv(path, *columns):
     """[(value, ...)] of the named columns of every row."""
-    with open(need(path, f"{path.parent.name}/{path.name}"), newline="", encoding="utf-8") as f:
+    with open(need(path, f"{path.parent.name}/{path.name}"), newline="", encoding="utf-8-sig", errors="replace") as f:
         rows = csv.reader(f)
         header = next(rows, [])
         for column in columns:

@@ -295,12 +295,12 @@ def test_python_2_and_fortran_pickles(tmp_path):
            b"(I1\n(I1\nI3\ntcnumpy\ndtype\np5\n(S'u1'\nI0\nI1\ntRp6\n(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\n"
            b"S'\\x07\\xc8\\xff'\ntbsS'labels'\n(lp7\nI5\nas.")
     (tmp_path / "old").write_bytes(old)
-    read = common.read_pickle(tmp_path / "old", "")
-    assert read["data"].tolist() == [[7, 200, 255]] and read["data"].dtype == np.uint8 and read["labels"] == [5]
+    data, y = common.read_pickle(tmp_path / "old", "", "data", "labels")
+    assert data.tolist() == [[7, 200, 255]] and data.dtype == np.uint8 and y.tolist() == [5]
     want = np.asfortranarray(np.arange(6, dtype=">i4").reshape(2, 3))
     for protocol in (0, 2, 3, 4):
         (tmp_path / "new").write_bytes(pickle.dumps({"x": want}, protocol=protocol))
-        assert (common.read_pickle(tmp_path / "new", "")["x"] == want).all()
+        assert (common.read_pickle(tmp_path / "new", "", "x")[0] == want).all()
 
 
 class Evil:
@@ -325,6 +325,10 @@ def test_crafted_pickles_are_refused_and_do_not_run(cifar, tmp_path):
     assert "data_batch_3: refused" in bad() and not witness.exists()
     batch.write_bytes(b"\x80\x04\x8c")
     assert "data_batch_3: not the published file" in bad()
+    batch.write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 1]}))  # CIFAR-100's
+    assert "data_batch_3: not the published file (KeyError('labels'))" in bad()
+    batch.write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}))
+    assert "data and labels differ in length" in bad()
 
 
 def test_wrong_cifar_trees(cifar):
