@@ -1413,7 +1413,7 @@ def shapes_data(root, args):
                       prefer(rng, (y + y // 6) % 6, background), np.full(n, noise))
         return ImageSet(name, images, y)
 
-    biased = dict(colour=0.5, background=0.9)
+    biased = dict(colour=0.5, background=0.93)
     shifts = {"recolor": {}, **{STYLES[i]: {"style": i} for i in range(1, 5)}, "noisy": {"noise": 0.18}}
     tests = {"test": split("test", 3, 1000, **biased),
              **{name: split(name, 10 + i, 1000, **how) for i, (name, how) in enumerate(shifts.items())}}

@@ -44,7 +44,7 @@ import common
 PAPER = dict(epochs=10, batch_size=512, lr=1e-5, wd=0.1, warmup=500, grad_clip=0.0, augment="crop", lam=1.0,
              prompt="a photo of a {}.", baseline=False)  # FLYP's recipe, on which DRM builds; lambda is ours
 RECIPES = {
-    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none", lam=0.3,
+    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none", lam=0.1,
                    prompt="a photo of a {}", baseline=True),
     "folder": dict(PAPER, batch_size=64, warmup=0.1),
     "imagenet": dict(PAPER, prompt="a good photo of the {}.", holdout=0.0),
