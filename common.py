@@ -989,8 +989,6 @@ def train(model, dataset, loss_fn, args, out):
             if WORLD > 1:
                 dist.all_reduce(values)
             *means, stopping = values.tolist()
-            if RANK > 0 and not stopping:
-                continue
             seconds = time.time() - begun
             line = {"step": step, **{k: v / WORLD for k, v in zip(sums, means)}, "lr": optimizer.param_groups[0]["lr"],
                     "images_per_s": round(args.batch_size * args.accum * WORLD / seconds, 1)}
