@@ -147,7 +147,7 @@ def parser(doc, freeze=("none", "head")):
           type=number(int, 0))
     p.add("--skip-bad-images", False, "check all images first and leave broken ones out, counted and listed",
           action=argparse.BooleanOptionalAction)
-    p.add("--tests", "all", "comma-separated names of the test sets to evaluate")
+    p.add("--tests", "all", "comma-separated names of the shifts to evaluate, beside the ID test")
     p.add("--finetuned", "none", "finished run to start from instead of training")
     p.add("--precision", "auto", "of the towers; auto is bf16 or fp16 on CUDA, fp32 on CPU",
           choices=["auto", "bf16", "fp16", "fp32"])
@@ -277,6 +277,17 @@ class ImageClassifier(nn.Module):
         return (logits if self.bias is None else logits + self.bias), features
 
 
+def merged(theta_0, theta_1, alpha):
+    """The model with weights (1 - alpha) theta_0 + alpha theta_1 of two models: weight-space ensemble, VRF paper Eq. (2).
+
+    Equal to wise_ft.interpolate, which is the one to audit and to copy; here for the other methods' --alpha.
+    """
+    a, b = theta_0.state_dict(), theta_1.state_dict()
+    model = copy.deepcopy(theta_1)
+    model.load_state_dict({k: (1 - alpha) * a[k] + alpha * b[k] if b[k].is_floating_point() else b[k] for k in b})
+    return model
+
+
 @dataclass
 class Setup:
     """What every method starts from: checked flags, data, the pre-trained CLIP, its text head W, the run folder."""
@@ -295,30 +306,16 @@ class Setup:
     def scale(self):
         return self.clip.logit_scale.exp().item()  # s
 
+    @property
+    def measure(self):
+        return {name: dataset.metric for name, dataset in self.data.tests.items()}  # ID first
+
     def fit(self, model, loss_fn, out):
         """train() on the augmented training images."""
         images = self.data.train.augmented(self.args.augment, PreprocessCfg(**self.clip.visual.preprocess_cfg),
                                            self.args.seed)
         return train(model, images, loss_fn, self.args, out)
 
-    def merged(self, theta_0, theta_1, alpha):
-        """A model with weights (1 - alpha) theta_0 + alpha theta_1: WiSE-FT, for the other methods' --alpha."""
-        a, b = theta_0.state_dict(), theta_1.state_dict()
-        model = copy.deepcopy(theta_1)
-        model.load_state_dict({k: (1 - alpha) * a[k] + alpha * b[k] if b[k].is_floating_point() else b[k] for k in b})
-        return model
-
-    def classifier(self, folded=False, head=None):
-        """The zero-shot model theta_0 as an ImageClassifier with a copy of the image tower, ready to be trained."""
-        head = self.head if head is None else head
-        model = ImageClassifier(copy.deepcopy(self.clip.visual), self.scale * head if folded else head,
-                                1.0 if folded else self.scale, bias=folded, amp=self.amp)
-        model.head.requires_grad_(getattr(self.args, "freeze", "none") != "head")
-        if self.args.grad_checkpointing:
-            model.visual.set_grad_checkpointing(True)
-        if self.device.type == "cuda":
-            model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores want
-        return model.to(self.device).eval()
 
 
 def start(args, check=lambda setup: None):
@@ -482,7 +479,8 @@ def load_data(args):
         unknown = [t for t in wanted if t not in data.tests]
         if unknown:
             raise Fail(f"--tests {unknown[0]}: no such test set on disk; {args.data} has {', '.join(data.tests)}")
-        data.tests = {k: v for k, v in data.tests.items() if k in wanted}
+        id_test = next(iter(data.tests))
+        data.tests = {k: v for k, v in data.tests.items() if k in (id_test, *wanted)}
     if args.data == "folder" or args.skip_bad_images:
         splits = [x for x in (data.train, data.val, *data.tests.values()) if x is not None and isinstance(x.images, list)]
         data.skipped = unreadable([path for split in splits for path in split.images])
@@ -1256,9 +1254,9 @@ def load_run(run, setup):
 def finish(setup, results, **more):
     """Write results.json and print its table, the last thing of a run. results: {row: {test: metrics}}."""
     id_test, *shifts = setup.data.tests
-    measure = {name: dataset.metric for name, dataset in setup.data.tests.items()}
-    mean = lambda tests, key=None: float(np.mean([tests[t][key or measure[t]] for t in shifts])) if shifts else None
-    rows = [{"name": name, "id": tests[id_test][measure[id_test]], "ood": mean(tests), "tests": tests}
+    measure = setup.measure
+    mean = lambda tests, key: id_ood(tests, {id_test: key, **{t: key for t in shifts}})[1]
+    rows = [{"name": name, **dict(zip(("id", "ood"), id_ood(tests, measure))), "tests": tests}
             for name, tests in results.items()]
     args = setup.args
     if RANK == 0:
@@ -1279,9 +1277,10 @@ def finish(setup, results, **more):
         say(f"{r['name']:<{wide}}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells))
 
 
-def id_ood(tests, names):
-    """(ID, mean of the shifts) accuracy of one row's {test: metrics}; names: ID first."""
-    return tests[names[0]]["acc"], float(np.mean([tests[t]["acc"] for t in names[1:]]))
+def id_ood(tests, measure):
+    """(ID, mean of the shifts or None) of one row's {test: metrics}; measure: {test: its metric}, ID first."""
+    first, *shifts = [tests[name][metric] for name, metric in measure.items()]
+    return first, float(np.mean(shifts)) if shifts else None
 
 
 def pyplot():

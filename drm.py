@@ -48,6 +48,9 @@ RECIPES = {
                    prompt="a photo of a {}", baseline=True),
     "folder": dict(PAPER, batch_size=64, warmup=0.1),
     "imagenet": dict(PAPER, prompt="a good photo of the {}.", holdout=0.0),
+    "iwildcam": dict(PAPER, prompt="a photo of {}.", epochs=20, batch_size=256, wd=0.2),
+    "fmow": dict(PAPER, prompt="satellite photo of a {}.", epochs=20, batch_size=256, wd=0.2),
+    **{data: dict(PAPER, holdout=0.0) for data in ("domainnet", "cifar10")},  # not in the paper, not tuned
 }
 
 
@@ -157,7 +160,10 @@ def tokenize(texts, tokenizer, context, source):
 
 
 def text_head(clip_model, tokens, owner, classes):
-    """W (C, D) with unit rows: mean of the unit features of the texts (P, n) of each class, normalised again."""
+    """W (C, D) with unit rows: mean of the unit features of the texts (P, n) of each class, normalised again.
+
+    Source: official zeroshot.py, which encodes the descriptions as they are, without a template. owner (P,): class.
+    """
     e = torch.cat([clip_model.encode_text(t, normalize=True) for t in tokens.split(512)]).float()
     return F.normalize(torch.zeros(classes, e.shape[1], device=e.device).index_add(0, owner, e), dim=1)
 
@@ -276,7 +282,7 @@ def main():
             models[f"{affinity} {lam:g}"] = fit(lam, affinity, setup.out / f"{affinity}-{lam:g}")
     if args.alpha:
         name = "DRM" if "DRM" in models else "ERM"
-        models[f"{name} + WiSE {args.alpha:g}"] = setup.merged(models["zero-shot"], models[name], args.alpha)
+        models[f"{name} + WiSE {args.alpha:g}"] = common.merged(models["zero-shot"], models[name], args.alpha)
     common.finish(setup, common.evaluate(two_head_rows(models, args.beta), setup))
 
 

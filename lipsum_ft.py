@@ -5,8 +5,8 @@ change on random token sequences and penalises it.
 
 Equations (numbers of the OpenReview version)
     Eq. (6)  energy gap             mean over t, x of (<G(t), F_theta(x)> - <G(t), F_theta0(x)>)^2     energy_gap
-    Eq. (7)  regulariser            R = 1/(2M) ||v_theta(x) - v_theta0(x)||^2, mean over x             lipsum_regularizer
-    Eq. (8)  its vector             v^(m) = <G(t_m), F_theta(x)>, times s (see deviation 1)            make_loss
+    Eq. (7), (8)  regulariser       R = 1/(2M) ||v_theta(x) - v_theta0(x)||^2, mean over x;            lipsum_regularizer
+                                    v^(m) = <G(t_m), F_theta(x)>, times s (deviation 1)
     loss                            cross-entropy + lambda R, lambda = 1                               make_loss
     texts                           t_m = [SOT, L random ids, EOT], M = 80, L = 8, new at every step   random_tokens
 Symbols: F image tower, theta its weights (theta0: zero-shot), G frozen text tower, both with unit-norm outputs;
@@ -60,9 +60,9 @@ def get_args():
 # ---------------------------------------------------- Equations ----------------------------------------------------
 
 def random_tokens(m, length, sot, eot, generator=None):
-    """m random texts [SOT, `length` ids uniform below SOT, EOT]: (m, length + 2) int64.
+    """m random texts [SOT, `length` ids uniform below SOT, EOT]: (m, length + 2) int64. Official code.
 
-    Source: official code, scripts/Lipsum-FT.py. sot, eot: the tokenizer's ids (49406, 49407 for CLIP).
+    Source: scripts/Lipsum-FT.py, step_trn. sot, eot: the tokenizer's ids (49406, 49407 for CLIP).
     """
     ids = torch.randint(0, sot, (m, length), generator=generator)
     return torch.cat([torch.full((m, 1), sot), ids, torch.full((m, 1), eot)], dim=1)
@@ -93,7 +93,7 @@ def energy_gap(v, v0):
 
 
 def lipsum_regularizer(v, v0):
-    """Eq. (7): R = 1/(2M) ||v - v0||_2^2, mean over the batch; v, v0 (B, M). Half the energy gap of the same v."""
+    """Eq. (7), (8): R = 1/(2M) ||v - v0||_2^2, mean over the batch; v, v0 (B, M). Half the energy gap of the same v."""
     M = v.shape[1]
     return (v - v0).square().sum(dim=1).mean() / (2 * M)
 
@@ -114,7 +114,7 @@ def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed):
             t = random_tokens(texts, text_length, tokenizer.sot_token_id, tokenizer.eot_token_id, rng)
             g = encode_tokens(clip_model, t.to(device))                      # G(t) (M, D)
             features_0 = zero_shot(batch.images)[1]                          # F_theta0(x) (B, D)
-        v, v0 = s * features @ g.T, s * features_0 @ g.T                     # Eq. (8) times s (deviation 1), (B, M)
+        v, v0 = s * features @ g.T, s * features_0 @ g.T                     # times s: deviation 1; (B, M)
         r = lipsum_regularizer(v, v0)
         return ce + lam * r, {"ce": ce, "lipsum": r}
 
@@ -150,7 +150,7 @@ def main():
         rows["Lipsum-FT" if args.lam else "fine-tuned"] = fit(args.lam, setup.out)
     if args.alpha:
         *_, name = rows
-        rows[f"{name} + WiSE {args.alpha:g}"] = setup.merged(zero_shot, rows[name], args.alpha)
+        rows[f"{name} + WiSE {args.alpha:g}"] = common.merged(zero_shot, rows[name], args.alpha)
     common.finish(setup, common.evaluate(rows, setup))
 
 

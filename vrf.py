@@ -5,7 +5,7 @@ that only the fine-tuned model gets right, the more the fine-tuned model counts.
 
 Equations
     Eq. (1)  output-space ensemble OSE   alpha p_ft + (1 - alpha) p_zs                        ensemble, fixed weight
-    Eq. (2)  weight-space ensemble WSE   weights (1 - alpha) theta_zs + alpha theta_ft        common.Setup.merged
+    Eq. (2)  weight-space ensemble WSE   weights (1 - alpha) theta_zs + alpha theta_ft        common.merged
     Eq. (3)  zero-shot failures          V = {v_i : y_i = argmax f_ft(x_i), y_i != argmax f_zs(x_i)}  zero_shot_failures
     Eq. (4)  distance                    d(x) = ||v - v_(k)||_2 to the k-th nearest of V              knn_distance
     Eq. (5)  ensemble                    p_vrf = omega p_ft + (1 - omega) p_zs                        ensemble
@@ -50,6 +50,7 @@ RECIPES = {
     "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none", k_rule="paper"),
     "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1),
     "imagenet": dict(PAPER, holdout=0.02, sweep=False),
+    **{data: PAPER for data in ("domainnet", "cifar10", "iwildcam", "fmow")},  # ImageNet's recipe, not tuned
 }
 ALPHAS = [round(0.05 * i, 2) for i in range(21)]  # of OSE and WSE
 
@@ -84,7 +85,7 @@ def zero_shot_failures(logits_zs, logits_ft, labels):
 
 
 def neighbours(failures, images, rule="code"):
-    """k for |V| = failures among |train| = images: round(1000 |V| / |train|) (code) or floor(0.1% |V|) (paper),
+    """k of a bank with |V| = failures among |train| = images: round(1000 |V| / |train|) (code) or floor(0.1% |V|) (paper),
     within [1, |V|]."""
     k = round(1000 * failures / images) if rule == "code" else failures // 1000
     return max(1, min(k, failures))
@@ -205,10 +206,10 @@ def plot_ratio(d, right_zs, right_ft, state, path, bins=12):
     figure.savefig(path, dpi=150)
 
 
-def plot_plane(curves, points, tests, path):
+def plot_plane(curves, points, measure, path):
     """The paper's Figure 1a: ID accuracy against mean shift accuracy, the curves of OSE and WSE and VRF's point."""
     plt = common.pyplot()
-    if plt is None or len(tests) < 2:
+    if plt is None or len(measure) < 2:
         return
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
     for (name, values), style in zip(curves.items(), ("-o", "-s")):
@@ -216,7 +217,8 @@ def plot_plane(curves, points, tests, path):
     for (name, value), marker in zip(points.items(), ("P", "X", "*")):
         ax.plot(*value, marker, markersize=16 if name == "VRF" else 10, linestyle="none", label=name,
                 color={"VRF": "tab:red"}.get(name, "black"))
-    common.percent_axes(ax, [], f"accuracy on {tests[0]} (ID), %", f"mean accuracy on {len(tests) - 1} shifts (OOD), %")
+    common.percent_axes(ax, [], f"accuracy on {next(iter(measure))} (ID), %",
+                        f"mean accuracy on {len(measure) - 1} shifts (OOD), %")
     ax.legend()
     figure.savefig(path, dpi=150)
 
@@ -267,7 +269,7 @@ def main():
     def mix(output, weight):
         return ensemble(output["logits_zs"], output["logits_ft"], weight, state["t_zs"], state["t_ft"], args.space)
 
-    alpha_wse, merged = 0.5, {a: setup.merged(zero_shot, fine_tuned, a) for a in ALPHAS[::2]}
+    alpha_wse, merged = 0.5, {a: common.merged(zero_shot, fine_tuned, a) for a in ALPHAS[::2]}
     if args.sweep:
         state["alpha"] = max(ALPHAS, key=lambda a: accuracy(mix(seen, a), chosen_set.labels))
         right = common.collect(lambda x, y: {str(a): chosen_set.project(m(x)[0]).argmax(1) == y for a, m in merged.items()},
@@ -308,15 +310,15 @@ def main():
             right = [torch.cat([outputs[t][z].argmax(1) == setup.data.tests[t].labels for t in tests])
                      for z in ("logits_zs", "logits_ft")]
             plot_ratio(d, *right, state, setup.out / "ratio.png")
-        point = lambda tests_of_row: common.id_ood(tests_of_row, tests)
+        point = lambda row: common.id_ood(row, setup.measure)
         plot_plane({"OSE": [point(curve[a]) for a in ALPHAS], "WSE": [point(wse[str(a)]) for a in merged]},
-                   {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, tests, setup.out / "plane.png")
+                   {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, setup.measure, setup.out / "plane.png")
     common.say(f"V: {len(bank)} of {len(setup.data.train)} training images, k = {state['k']}; chosen on {chosen_on}: "
                f"T_zs {state['t_zs']:.3g}, T_ft {state['t_ft']:.3g}, a {state['a']:.3g}, b {state['b']:.3g}, "
                f"OSE alpha {state['alpha']:g}, WSE alpha {alpha_wse:g}")
     common.finish(setup, results, vrf={**state, "alpha_wse": alpha_wse, "chosen_on": chosen_on},
-                  ose_curve={str(a): common.id_ood(t, tests) for a, t in curve.items()},
-                  wse_curve={a: common.id_ood(t, tests) for a, t in wse.items()})
+                  ose_curve={str(a): common.id_ood(t, setup.measure) for a, t in curve.items()},
+                  wse_curve={a: common.id_ood(t, setup.measure) for a, t in wse.items()})
 
 
 def predict_folder(args):

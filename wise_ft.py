@@ -41,6 +41,7 @@ RECIPES = {
                    augment="none"),
     "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1),
     "imagenet": dict(PAPER, holdout=0.02),
+    **{data: PAPER for data in ("domainnet", "cifar10", "iwildcam", "fmow")},  # ImageNet's recipe, not tuned
 }
 
 
@@ -137,12 +138,12 @@ def select_alpha(theta_0, theta_1, alphas, setup):
     return max(alphas, key=lambda a: (accuracy[a], -abs(a - 0.5))), accuracy
 
 
-def plot_curve(results, alphas, tests, chosen, path, logit_axes=False):
+def plot_curve(results, alphas, measure, chosen, path, logit_axes=False):
     """Accuracy on the reference test (x) against mean accuracy on the shifts (y), a marker per alpha."""
     plt = common.pyplot()
-    if plt is None or len(tests) < 2:
+    if plt is None or len(measure) < 2:
         return
-    points = [common.id_ood(results[row_name(a)], tests) for a in alphas]
+    points = [common.id_ood(results[row_name(a)], measure) for a in alphas]
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
     ax.plot(*zip(*points), "-o", color="tab:blue", markersize=5, label=r"WiSE-FT, $\alpha$ from 0 to 1")
     for a, marker, colour, label in ((0, "*", "tab:purple", "zero-shot"), (1, "s", "tab:orange", "fine-tuned"),
@@ -151,8 +152,8 @@ def plot_curve(results, alphas, tests, chosen, path, logit_axes=False):
                 linestyle="none")
     for a, point in zip(alphas, points):
         ax.annotate(f"{a:g}", point, textcoords="offset points", xytext=(6, 5), fontsize=8)
-    common.percent_axes(ax, points, f"accuracy on {tests[0]} (reference), %",
-                        f"mean accuracy on {len(tests) - 1} shifts, %", logit_axes)
+    common.percent_axes(ax, points, f"accuracy on {next(iter(measure))} (reference), %",
+                        f"mean accuracy on {len(measure) - 1} shifts, %", logit_axes)
     ax.legend()
     figure.savefig(path, dpi=150)
 
@@ -175,7 +176,7 @@ def main():
     saved = copy.deepcopy(theta_1)
     saved.load_state_dict(interpolate(theta_0.state_dict(), theta_1.state_dict(), chosen))
     common.save_run(setup, saved, setup.out)
-    plot_curve(results, alphas, list(setup.data.tests), chosen, setup.out / "curve.png", args.logit_axes)
+    plot_curve(results, alphas, setup.measure, chosen, setup.out / "curve.png", args.logit_axes)
     common.finish(setup, results, alpha=args.alpha, saved_alpha=chosen,
                   selected=accuracy and {"alpha": chosen, "held_out_accuracy": accuracy})
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import drm
 import lipsum_ft
 
 p = argparse.ArgumentParser()
@@ -33,9 +34,14 @@ W = F.normalize(torch.randn(a.classes, clip.text_projection.shape[1], device=dev
 new = lambda: common.ImageClassifier(open_clip.create_model(a.model, device=device).visual, W, 100.0, amp=amp)
 zero_shot = new().eval()
 losses = {"plain": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 0, 80, 8, 0),
-          "Lipsum-FT": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 1.0, 80, 8, 0)}
-model = new().train()
-runner = torch.compile(model) if a.compile else model
+          "Lipsum-FT": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 1.0, 80, 8, 0),
+          "DRM": drm.make_loss(torch.full((a.batch, a.classes), 1 / a.classes), 1.0)}
+model, two_heads = new().train(), new().train()
+two_heads.head = torch.nn.Parameter(torch.cat([W, W.roll(1, 0)]), requires_grad=False)
+two_heads.visual = model.visual  # one set of tower weights and one optimizer for all
+runners = {"plain": model, "Lipsum-FT": model, "DRM": two_heads}
+if a.compile:
+    runners = {k: torch.compile(m) for k, m in runners.items()}
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
 seconds, memory = {k: [] for k in losses}, {}
 for step in range(-2, a.steps):  # two rounds of warm-up
@@ -47,7 +53,7 @@ for step in range(-2, a.steps):  # two rounds of warm-up
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         begun = time.perf_counter()
-        loss_fn(runner, batch)[0].backward()
+        loss_fn(runners[name], batch)[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

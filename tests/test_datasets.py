@@ -48,7 +48,8 @@ def table(path, *rows):
 
 
 def load(data, root, **flags):
-    return common.load_data(Namespace(**{**dict(data=data, data_dir=root, tests="all", holdout=0.0, shots=0, limit=0),
+    return common.load_data(Namespace(**{**dict(data=data, data_dir=root, tests="all", holdout=0.0, shots=0, limit=0,
+                                                 skip_bad_images=False),
                                          **flags}))
 
 

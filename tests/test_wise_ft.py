@@ -72,6 +72,7 @@ def test_all_alphas_equal_models_loaded_one_by_one(tower, request):
         for name, model in (("zero-shot", theta_0), ("WiSE-FT 0.5", middle), ("fine-tuned", theta_1)):
             assert (rows[name] - model(x)[0]).abs().max() <= 1e-5
         assert (rows["WiSE-FT 0.5"] - rows["fine-tuned"]).abs().max() > 1e-3
+        assert (common.merged(theta_0, theta_1, 0.5)(x)[0] - middle(x)[0]).abs().max() <= 1e-6
 
 
 def test_eleven_alphas_decode_each_image_once(tmp_path, tiny_vit, monkeypatch):
