@@ -316,6 +316,18 @@ class Setup:
                                            self.args.seed)
         return train(model, images, loss_fn, self.args, out)
 
+    def classifier(self, folded=False, head=None):
+        """The zero-shot model theta_0 as an ImageClassifier with a copy of the image tower, ready to be trained."""
+        head = self.head if head is None else head
+        model = ImageClassifier(copy.deepcopy(self.clip.visual), self.scale * head if folded else head,
+                                1.0 if folded else self.scale, bias=folded, amp=self.amp)
+        model.head.requires_grad_(getattr(self.args, "freeze", "none") != "head")
+        if self.args.grad_checkpointing:
+            model.visual.set_grad_checkpointing(True)
+        if self.device.type == "cuda":
+            model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores want
+        return model.to(self.device).eval()
+
 
 
 def start(args, check=lambda setup: None):
