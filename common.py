@@ -278,7 +278,7 @@ class ImageClassifier(nn.Module):
 
 
 def merged(theta_0, theta_1, alpha):
-    """The model with weights (1 - alpha) theta_0 + alpha theta_1 of two models: weight-space ensemble, VRF paper Eq. (2).
+    """The model with weights (1 - alpha) theta_0 + alpha theta_1: weight-space ensemble, VRF paper Eq. (2).
 
     Equal to wise_ft.interpolate, which is the one to audit and to copy; here for the other methods' --alpha.
     """
@@ -494,14 +494,15 @@ def load_data(args):
         id_test = next(iter(data.tests))
         data.tests = {k: v for k, v in data.tests.items() if k in (id_test, *wanted)}
     if args.data == "folder" or args.skip_bad_images:
-        splits = [x for x in (data.train, data.val, *data.tests.values()) if x is not None and isinstance(x.images, list)]
+        splits = [x for x in (data.train, data.val, *data.tests.values()) if x and isinstance(x.images, list)]
         data.skipped = unreadable([path for split in splits for path in split.images])
         for path in data.skipped:
             if not args.skip_bad_images:
                 ImageSet.read(path)  # fails with the reason
             say(f"--skip-bad-images: {path} ({data.skipped[path]})")
         for split in splits if data.skipped else []:
-            split.__dict__ = split.subset([i for i, path in enumerate(split.images) if path not in data.skipped]).__dict__
+            kept = [i for i, path in enumerate(split.images) if path not in data.skipped]
+            split.__dict__ = split.subset(kept).__dict__
     if args.limit:
         data.train, data.val = spread(data.train, args.limit), data.val and spread(data.val, args.limit)
         data.tests = {k: spread(v, args.limit) for k, v in data.tests.items()}
@@ -570,7 +571,7 @@ def folder_data(root, args):
         try:
             samples = make_dataset(str(path), index, IMG_EXTENSIONS)
         except FileNotFoundError:
-            empty = next(c for c in index if not make_dataset(str(path / c), {".": 0}, IMG_EXTENSIONS, allow_empty=True))
+            empty = next(c for c in index if not make_dataset(str(path), {c: 0}, IMG_EXTENSIONS, allow_empty=True))
             raise Fail(f"{path / empty}: no image in that class folder ({', '.join(IMG_EXTENSIONS)})") from None
         return ImageSet(name, [s[0] for s in samples], [s[1] for s in samples])
 
@@ -604,7 +605,7 @@ def unreadable(paths):
         except BAD_IMAGE as error:
             return str(error)[:100]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(tqdm(pool.map(reason, paths), "checking images", len(paths), disable=RANK > 0 or None, leave=False))
+        reasons = list(tqdm(pool.map(reason, paths), "checking images", len(paths), False, disable=RANK > 0 or None))
     return {path: why for path, why in zip(paths, reasons) if why is not None}
 
 
@@ -984,8 +985,8 @@ def train(model, dataset, loss_fn, args, out):
                     if not torch.isfinite(loss):
                         files = out / f"nonfinite-step{step}-rank{RANK}.txt"
                         files.write_text("\n".join(dataset.describe(i) for i in index.tolist()) + "\n")
-                        raise Fail(f"step {step}: the loss is {loss.item()}; the batch's {len(index)} images are listed in "
-                                   f"{files}; lower --lr or repair them; {checkpoint}, if written, is of an earlier step")
+                        raise Fail(f"step {step}: the loss is {loss.item()}; the batch's images are listed in {files}; "
+                                   f"lower --lr or repair them; {checkpoint}, if written, is of an earlier step")
                     scaler.scale(loss / args.accum).backward()
                 for name, value in {"loss": loss, **parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach() / args.accum
@@ -1259,7 +1260,8 @@ def load_run(run, setup):
     try:
         theta_1.load_state_dict({**visual, **{k: v for k, v in tensors.items() if k in ("head", "bias", "scale")}})
     except RuntimeError as error:
-        raise Fail(f"--finetuned {run}: not a run of {setup.args.model} ({str(error).splitlines()[-1].strip()})") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise Fail(f"--finetuned {run}: not a run of {setup.args.model} ({reason})") from None
     return theta_0, theta_1
 
 
@@ -1347,7 +1349,8 @@ SHAPES = {  # name: (description, look-alike, f(x, y) < 0 inside the shape, y up
               lambda x, y: np.minimum(np.hypot(abs(x) - 0.45, y - 0.35) - 0.5,
                                       np.maximum((abs(x) * 1.05 - y - 0.95) * 0.69, y - 0.35))),
     "cross": ("two bars meeting in the middle", "heart",
-              lambda x, y: np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 0.95), np.maximum(abs(y) - 0.3, abs(x) - 0.95))),
+              lambda x, y: np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 0.95),
+                                      np.maximum(abs(y) - 0.3, abs(x) - 0.95))),
     "ring": ("a round band with an empty hole", "moon", lambda x, y: abs(np.hypot(x, y) - 0.68) - 0.24),
     "moon": ("a curved sickle with two horns", "ring",
              lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y))),
@@ -1371,7 +1374,8 @@ def draw(rng, labels, styles, colours, backgrounds, noise, size=32):
     n = len(labels)
     if n > 500:  # chunks stay in the processor's cache
         parts = np.array_split(np.arange(n), math.ceil(n / 500))
-        return np.concatenate([draw(rng, *(a[p] for a in (labels, styles, colours, backgrounds, noise))) for p in parts])
+        arrays = (labels, styles, colours, backgrounds, noise)
+        return np.concatenate([draw(rng, *(a[part] for a in arrays)) for part in parts])
     column = lambda a: np.asarray(a)[:, None, None]
     grid = (np.arange(size) + 0.5) / size - 0.5
     gx, gy = np.meshgrid(grid, -grid)

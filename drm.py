@@ -19,7 +19,9 @@ Deviations (beyond the reconstructions)
        tower: --tune-text, which recomputes them at every step.
     3. Affinity: softmax by default; the paper normalises affinities in a form we could not check (--affinity minmax is
        our reading). On `shapes` softmax was the better on the shifts (README.md, "Results").
-    4. --data shapes uses a recipe of its own, in RECIPES.
+    4. Descriptions are joined by name where names are unique, by position else; the code always joins by position. Several
+       texts of a class are averaged like prompts: our reading, the released code fails on its own FMoW file.
+    5. --data shapes, folder and the sets that RECIPES marks use recipes of their own.
 
 Usage
     python drm.py                                                                # the embedded data
@@ -56,7 +58,7 @@ RECIPES = {
 
 def get_args():
     p = common.parser(__doc__, freeze=())
-    p.add("--descriptions", "none", "JSON file: {class: text}, {index: text} or {class: [texts]}; shapes brings its own")
+    p.add("--descriptions", "none", "JSON: {class: text}, {index: text} or {class: [texts]}; shapes brings its own")
     p.add("--prompt", common.RECIPE, "default prompt, {} is the class name")
     p.add("--lam", common.RECIPE, "lambda, weight of the worst-case risk; 0 is ERM", type=common.number(low=0))
     p.add("--beta", 0.5, "weight of the df head at inference (paper: 0.5)", type=common.number(low=0, high=1))
@@ -141,8 +143,8 @@ def read_descriptions(args, data):
     """descriptions() from --descriptions, or those that the data set brings."""
     if args.descriptions == "none":
         if data.descriptions is None:
-            raise common.Fail(f"--data {args.data} brings no descriptions: give --descriptions FILE.json; --print-prompt "
-                              "prints a request with which an LLM can write them")
+            raise common.Fail(f"--data {args.data} brings no descriptions: give --descriptions FILE.json; "
+                              "--print-prompt prints a request with which an LLM can write them")
         return descriptions(data.descriptions, data.classnames, "descriptions.json")
     path = Path(args.descriptions)
     return descriptions(common.read_json(path, "a description file", pairs=True), data.classnames, path)

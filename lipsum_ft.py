@@ -5,7 +5,7 @@ change on random token sequences and penalises it.
 
 Equations (numbers of the OpenReview version)
     Eq. (6)  energy gap             mean over t, x of (<G(t), F_theta(x)> - <G(t), F_theta0(x)>)^2     energy_gap
-    Eq. (7), (8)  regulariser       R = 1/(2M) ||v_theta(x) - v_theta0(x)||^2, mean over x;            lipsum_regularizer
+    Eq. (7), (8)  regulariser       R = 1/(2M) ||v_theta(x) - v_theta0(x)||^2, mean over x,        lipsum_regularizer
                                     v^(m) = <G(t_m), F_theta(x)>, times s (deviation 1)
     loss                            cross-entropy + lambda R, lambda = 1                               make_loss
     texts                           t_m = [SOT, L random ids, EOT], M = 80, L = 8, new at every step   random_tokens
@@ -14,10 +14,11 @@ Symbols: F image tower, theta its weights (theta0: zero-shot), G frozen text tow
 
 Deviations
     1. From the paper, with the official code: v carries the factor s, so lambda = 1 means s^2 = 10^4 on raw cosines.
-    2. From the code: only the L + 2 positions of a text are encoded, not the padding to 77; the features are equal.
-    3. From the code: warm-up starts at lr / warm-up steps, not at 0; moments of AdamW are fp32, not bf16.
+    2. From the code: warm-up starts at lr / warm-up steps, not at 0.
+    3. From the code: weights and moments are fp32 and the towers run in mixed precision; there the model is bf16.
     4. From the code: the model of the last step is kept, not the best on the test set.
-    5. From both: --data shapes uses a recipe of its own, in RECIPES.
+    5. From the code: crops are PIL's, antialiased, after the flip; evaluation uses CLIP's resize and centre crop.
+    6. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
 
 Usage
     python lipsum_ft.py                                       # the embedded data: minutes on two CPU cores
@@ -48,7 +49,8 @@ RECIPES = {
 
 def get_args():
     p = common.parser(__doc__)
-    p.add("--lam", 1.0, "lambda, weight of the regulariser (paper: 1); 0 is plain fine-tuning", type=common.number(low=0))
+    p.add("--lam", 1.0, "lambda, weight of the regulariser (paper: 1); 0 is plain fine-tuning",
+          type=common.number(low=0))
     p.add("--texts", 80, "M, random texts a step (paper: 80)", type=common.number(int, 1))
     p.add("--text-length", 8, "L, random tokens a text (paper: 8)", type=common.number(int, 1))
     p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha Lipsum-FT weights, as WiSE-FT does",

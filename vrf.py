@@ -13,15 +13,18 @@ Equations
 Symbols: f_zs, f_ft logits and p_zs, p_ft probabilities of the two models; v unit feature of the fine-tuned model;
     V bank of the failures' features; omega weight of the fine-tuned model; a, b > 0; T_zs, T_ft temperatures.
 
-Deviations (released code: knn_distance.py, models/calibration.py, main.py)
+Deviations (released code: knn_distance.py, models/calibration.py, main.py, baselines.py)
     1. From the paper, with the code: d is squared (faiss IndexFlatL2), to which a = 1.5, b = 0.6 belong; --distance l2.
-    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|); --k-rule paper.
+    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule paper. From both: k is
+       kept within [1, |V|], and where V is empty VRF is OSE, with a warning.
     3. From the paper, with the code: logits are first divided by temperatures at which mean confidence equals accuracy;
        --no-calibrate. Ours is a bisection, theirs an unbounded interpolation search with tolerance 0.001.
-    4. From the code: everything is chosen on held-out training images, not on the ID test set; --select-on-test.
-    5. From both: the sweep takes the smallest mean omega (the most zero-shot) whose held-out accuracy is within
-       --tolerance of the best. Accuracy alone would pick omega = 1: held-out images are all in-distribution.
-    6. Where V is empty: OSE with the swept alpha, and a warning; k is kept within [1, |V|].
+    4. From the code: everything is chosen on held-out training images (2% of ImageNet's), not on the ID test set;
+       --select-on-test. OSE's alpha is one of 0, 0.05, ..., 1 and WSE's of 0, 0.1, ..., 1; theirs of 0.1, ..., 0.9.
+    5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From both: the sweep takes the
+       smallest mean omega (the most zero-shot) whose held-out accuracy is within --tolerance of the best. Accuracy alone
+       would pick omega = 1: held-out images are all in-distribution.
+    6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe; theirs is WiSE-FT's checkpoint.
 
 Usage
     python vrf.py                                                     # the embedded data, fine-tunes first
@@ -68,7 +71,8 @@ def get_args():
           action=argparse.BooleanOptionalAction)
     p.add("--tolerance", 0.5, "held-out accuracy in percent that --sweep gives up for a smaller omega",
           type=common.number(low=0))
-    p.add("--calibrate", True, "temperatures at which confidence equals accuracy", action=argparse.BooleanOptionalAction)
+    p.add("--calibrate", True, "temperatures at which confidence equals accuracy",
+          action=argparse.BooleanOptionalAction)
     p.add("--space", "probabilities", "what is averaged; logits is the paper's Section 5.3",
           choices=["probabilities", "logits"])
     p.add("--select-on-test", False, "calibrate and sweep on the ID test set, as the released code does",
@@ -85,12 +89,13 @@ def zero_shot_failures(logits_zs, logits_ft, labels):
 
 
 def neighbours(failures, images, rule="code"):
-    """k of a bank with |V| = failures among |train| = images: round(1000 |V| / |train|) (code) or floor(0.1% |V|) (paper),
-    within [1, |V|]."""
-    k = round(1000 * failures / images) if rule == "code" else failures // 1000
+    """k of a bank with |V| = failures among |train| = images: code: round(1000 |V| / |train|); paper: floor(0.1% |V|);
+    kept within [1, |V|]."""
+    k = round(failures / images * 1000) if rule == "code" else failures // 1000
     return max(1, min(k, failures))
 
 
+@torch.no_grad()
 def knn_distance(queries, bank, k, squared=True, chunk=None):
     """Eq. (4): distance of queries (Q, D) to their k-th nearest row of bank (N, D), exact: (Q,).
 
@@ -99,9 +104,10 @@ def knn_distance(queries, bank, k, squared=True, chunk=None):
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} is not within 1 and the {len(bank)} rows of the bank")
-    norms, found = bank.square().sum(1), []
-    for q in queries.split(chunk or max(1, 2**26 // len(bank))):
-        order = torch.addmm(norms, q, bank.T, alpha=-2)       # |b|^2 - 2 q.b = d^2 - |q|^2 ranks a query's row
+    norms, found, chunk = bank.square().sum(1), [], chunk or max(1, 2**26 // len(bank))
+    buffer = queries.new_empty(min(chunk, len(queries)), len(bank))  # one for all chunks: fresh pages are slow
+    for q in queries.split(chunk):
+        order = torch.addmm(norms, q, bank.T, alpha=-2, out=buffer[:len(q)])  # |b|^2 - 2 q.b = d^2 - |q|^2 ranks a row
         kth = bank[order.topk(k, largest=False).indices[:, -1]]
         found.append((q - kth).square().sum(1))               # not from `order`: that difference would cancel
     d = torch.cat(found) if found else queries.new_zeros(0)
@@ -154,8 +160,8 @@ def sweep_weight(mix, d, labels, tolerance):
     mix(weight) -> probabilities (N, C); d (N,). The grid: a at quantiles of d, b at fractions of its spread.
     """
     spread = max(d.std().item(), 1e-6)
-    grid = [(max(a, 1e-6), b * spread) for a in d.double().quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist()
-            for b in (0.25, 0.5, 1.0, 2.0)]
+    quantiles = d.double().quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist()
+    grid = [(max(a, 1e-6), b * spread) for a in quantiles for b in (0.25, 0.5, 1.0, 2.0)]
     scores = [(accuracy(mix(ft_weight(d, a, b)), labels), -ft_weight(d, a, b).mean().item(), (a, b)) for a, b in grid]
     best = max(s[0] for s in scores)
     return max(scores, key=lambda s: (s[0] >= best - tolerance, s[1]))[2]
@@ -201,8 +207,7 @@ def plot_ratio(d, right_zs, right_ft, state, path, bins=12):
     twin.plot(x, ft_weight(x, state["a"], state["b"]), "--", color="tab:red",
               label=rf"$\omega$(d), a = {state['a']:.3g}, b = {state['b']:.3g}")
     twin.set(ylabel=r"weight $\omega$ of the fine-tuned model", ylim=(0, 1))
-    figure.legend(*(sum(x, []) for x in zip(*(a.get_legend_handles_labels() for a in (ax, twin)))), loc="outside upper center",
-                  ncols=2)
+    figure.legend(handles=[*ax.lines[:1], *twin.lines], loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
@@ -272,8 +277,8 @@ def main():
     alpha_wse, merged = 0.5, {a: common.merged(zero_shot, fine_tuned, a) for a in ALPHAS[::2]}
     if args.sweep:
         state["alpha"] = max(ALPHAS, key=lambda a: accuracy(mix(seen, a), chosen_set.labels))
-        right = common.collect(lambda x, y: {str(a): chosen_set.project(m(x)[0]).argmax(1) == y for a, m in merged.items()},
-                               chosen_set, args, setup.device)
+        right = common.collect(lambda x, y: {str(a): chosen_set.project(m(x)[0]).argmax(1) == y
+                                             for a, m in merged.items()}, chosen_set, args, setup.device)
         alpha_wse = max(merged, key=lambda a: right[str(a)].double().mean())
     if len(bank):
         for output in outputs.values():
@@ -312,7 +317,8 @@ def main():
             plot_ratio(d, *right, state, setup.out / "ratio.png")
         point = lambda row: common.id_ood(row, setup.measure)
         plot_plane({"OSE": [point(curve[a]) for a in ALPHAS], "WSE": [point(wse[str(a)]) for a in merged]},
-                   {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, setup.measure, setup.out / "plane.png")
+                   {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, setup.measure,
+                   setup.out / "plane.png")
     common.say(f"V: {len(bank)} of {len(setup.data.train)} training images, k = {state['k']}; chosen on {chosen_on}: "
                f"T_zs {state['t_zs']:.3g}, T_ft {state['t_ft']:.3g}, a {state['a']:.3g}, b {state['b']:.3g}, "
                f"OSE alpha {state['alpha']:g}, WSE alpha {alpha_wse:g}")
@@ -328,7 +334,7 @@ def predict_folder(args):
     state = common.read_json(Path(args.resume) / "vrf.json", "a finished run of vrf.py")
     bank = common.load_tensors(Path(args.resume) / state["bank"])[0]["bank"]
     root = Path(args.predict)
-    paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in common.IMG_EXTENSIONS) if root.is_dir() else []
+    paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in common.IMG_EXTENSIONS)
     if not paths:
         raise common.Fail(f"--predict {root}: no folder with images in it")
     setup = common.start(args)

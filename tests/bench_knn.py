@@ -1,4 +1,4 @@
-"""vrf.knn_distance against faiss-cpu's IndexFlatL2 (pip install faiss-cpu): python tests/bench_knn.py [--bank 100000] ...
+"""vrf.knn_distance against faiss-cpu's IndexFlatL2: python tests/bench_knn.py [--bank 100000] [--queries 5000] ...
 
 Random unit-norm fp32 rows on the CPU; both searches get the same number of threads, alternate in one run, must agree to
 1e-5 (squared distances), and the ratio is of the medians. faiss's time includes its index.add(). Peak memory: each runs
@@ -62,8 +62,8 @@ if a.only:
 
 print(f"bank {a.bank} x {a.width}, {a.queries} queries, k = {a.k}, {a.threads} threads, torch {torch.__version__}, "
       f"faiss {faiss.__version__}")
-memory = {name: int(subprocess.run([sys.executable, *sys.argv, "--only", name], check=True, capture_output=True,
-                                   text=True).stdout) for name in searches}  # before the data: a child starts at our peak
+alone = lambda name: subprocess.run([sys.executable, *sys.argv, "--only", name], check=True, stdout=subprocess.PIPE)
+memory = {name: int(alone(name).stdout) for name in searches}  # before the data: a child's peak starts at ours
 queries, bank = unit(a.queries, 1), unit(a.bank, 0)
 seconds, found = {name: [] for name in searches}, {}
 for _ in range(a.rounds):

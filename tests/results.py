@@ -59,11 +59,17 @@ columns = {"ID": lambda t: t[tests[0]]["acc"], "OOD": lambda t: np.mean([t[k]["a
            "NLL": lambda t: t[tests[0]]["nll"], "NLL OOD": lambda t: np.mean([t[k]["nll"] for k in tests[1:]]),
            "ECE": lambda t: t[tests[0]]["ece"], "ECE OOD": lambda t: np.mean([t[k]["ece"] for k in tests[1:]])}
 values = {name: np.array([[f(t) for f in columns.values()] for t in runs]) for name, runs in rows.items()}
+MAIN = ["zero-shot", "fine-tuned (unit head)", "Lipsum-FT", "Lipsum-FT + WiSE 0.5", "fine-tuned (folded head)", "WiSE-FT 0.5",
+        "WSE, held-out alpha", "OSE, held-out alpha", "VRF", "VRF on Lipsum-FT", "zero-shot cd", "ERM mixture", "DRM mixture",
+        "DRM + WiSE 0.5 mixture"]
 print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-for name, v in values.items():
-    digits = lambda c: 2 if c.startswith("NLL") else 1
-    cells = [f"{m:.{digits(c)}f} ± {sd:.{digits(c)}f}" for c, m, sd in zip(columns, v.mean(0), v.std(0, ddof=len(v) > 1))]
+for name in MAIN:
+    cells = [f"{m:.{d}f} ± {sd:.{d}f}" for d, m, sd in zip([2 if c.startswith("NLL") else 1 for c in columns],
+                                                           values[name].mean(0), values[name].std(0, ddof=len(a.seeds) > 1))]
     print(f"| {name} | " + " | ".join(cells) + " |")
+rest = [n for n in values if n not in MAIN and not n.endswith((" df", " cd"))]
+print("\nID / OOD of the other rows: " + "; ".join(f"{n} {values[n][:, 0].mean():.1f} / {values[n][:, 1].mean():.1f}"
+                                                  for n in rest) + ".")
 
 ID, OOD = ({n: v[:, i].mean() for n, v in values.items()} for i in (0, 1))
 ose = {float(k): np.mean([c[k] for c in curves["OSE"]], axis=0) for k in curves["OSE"][0]}
