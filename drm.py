@@ -14,13 +14,14 @@ Symbols: F image tower (F_0 zero-shot), W_df, W_cd (C, D) heads with unit rows, 
     prediction under W_cd, "core-based"; lambda weight of the worst-case risk; beta weight of df at inference.
 
 Deviations (beyond the reconstructions)
-    1. p_c is computed once, from un-augmented training images: a step costs one forward and backward pass.
+    1. p_c is that of the un-augmented training images, whose features F_0 are computed once: a step costs one forward
+       and backward pass.
     2. Both heads stay those of the zero-shot text tower; the official inference rebuilds them from a fine-tuned text
        tower: --tune-text, which recomputes them at every step.
     3. Affinity: softmax by default; the paper normalises affinities in a form we could not check (--affinity minmax is
        our reading). On `shapes` softmax was the better on the shifts (README.md, "Results").
-    4. Descriptions are joined by name where names are unique, by position else; the code always joins by position. Several
-       texts of a class are averaged like prompts: our reading, the released code fails on its own FMoW file.
+    4. Descriptions are joined by name where names are unique, by position else; the code always joins by position.
+       Several texts of a class are averaged like prompts: our reading, the released code fails on its own FMoW file.
     5. --data shapes, folder and the sets that RECIPES marks use recipes of their own.
 
 Usage
@@ -64,7 +65,7 @@ def get_args():
     p.add("--beta", 0.5, "weight of the df head at inference (paper: 0.5)", type=common.number(low=0, high=1))
     p.add("--affinity", "softmax", "how p_c is made of the zero-shot similarities", choices=["softmax", "minmax"])
     p.add("--tune-text", False, "train the text tower too", action=argparse.BooleanOptionalAction)
-    p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha DRM weights, as WiSE-FT does",
+    p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha DRM image tower and heads",
           type=common.number(low=0, high=1))
     p.add("--baseline", common.RECIPE, "also train with lambda = 0 (ERM)", action=argparse.BooleanOptionalAction)
     p.add("--ablate", False, "also train both affinities with lambda 0.3 and 1", action=argparse.BooleanOptionalAction)
@@ -75,15 +76,16 @@ def get_args():
 
 # ---------------------------------------------------- Equations ----------------------------------------------------
 
-def core_targets(features_0, w_cd, scale, affinity="softmax"):
+def core_targets(features_0, w_cd, scale, affinity="softmax", span=None):
     """p_c (N, C) of zero-shot unit features (N, D) under the cd head w_cd (C, D). Reconstruction.
 
-    softmax: softmax(s F_0 W_cd^T). minmax: each class's similarities are first stretched to [0, 1] over the N training
-    images and multiplied by the mean range over the classes, so that no class is favoured for its wording.
+    softmax: softmax(s F_0 W_cd^T). minmax: each class's similarities are first stretched to [0, 1] over the training
+    images and multiplied by the mean range over the classes, so that no class is favoured for its wording; span: the
+    smallest and largest similarity (C,) of each class over the training images, by default over these N.
     """
     A = features_0 @ w_cd.T                                                  # affinities (N, C)
     if affinity == "minmax":
-        low, high = A.amin(0), A.amax(0)
+        low, high = span or (A.amin(0), A.amax(0))
         A = (A - low) / (high - low).clamp_min(1e-12) * (high - low).mean()
     return torch.softmax(scale * A, dim=1)
 
@@ -191,14 +193,18 @@ class TunedText(nn.Module):
 
 # ------------------------------------------------------ Loss ------------------------------------------------------
 
-def make_loss(p_c, lam):
-    """loss_fn(model, batch) -> drm_loss and its parts; p_c (N, C) is looked up by the images' index."""
+def make_loss(features_0, w_cd, scale, affinity, lam):
+    """loss_fn(model, batch) -> drm_loss and its parts. features_0 (N, D): F_0 of the un-augmented training images,
+    looked up by index; p_c is made of a batch's rows, since N x C of it would be 5 GB for ImageNet."""
+    chunks = [f.to(w_cd.device) @ w_cd.T for f in features_0.split(65_536)] if affinity == "minmax" else []
+    span = tuple(f(torch.stack([f(a, 0) for a in chunks]), 0) for f in (torch.amin, torch.amax)) if chunks else None
+
     def loss_fn(model, batch):
         logits_df, logits_cd = model(batch.images)[0].chunk(2, dim=1)         # (B, C) each
-        target = p_c[batch.index].to(logits_cd.device, non_blocking=True)
-        loss = drm_loss(logits_df, logits_cd, batch.labels, target, lam)
+        p_c = core_targets(features_0[batch.index].to(w_cd.device), w_cd, scale, affinity, span)
+        loss = drm_loss(logits_df, logits_cd, batch.labels, p_c, lam)
         return loss, {"ce": F.cross_entropy(logits_df.detach(), batch.labels),
-                      "kl": worst_case_risk(logits_cd.detach(), target)}
+                      "kl": worst_case_risk(logits_cd.detach(), p_c)}
     return loss_fn
 
 
@@ -227,14 +233,15 @@ keys are exactly these class names and whose values are the descriptions, and no
 
 def main():
     args = get_args()
-    if "{}" not in args.prompt:
-        raise common.Fail(f"--prompt '{args.prompt}': must hold {{}}, where the class name goes")
+    if args.prompt.count("{}") != 1:
+        raise common.Fail(f"--prompt '{args.prompt}': must hold {{}} once, where the class name goes")
     if args.print_prompt:
         return print(REQUEST + json.dumps(common.load_data(args).classnames, indent=1))
 
     def check(setup):
         """The texts of both heads as tokens."""
-        prompts, read = [[args.prompt.format(c)] for c in setup.data.classnames], read_descriptions(args, setup.data)
+        prompts = [[args.prompt.replace("{}", c)] for c in setup.data.classnames]
+        read = read_descriptions(args, setup.data)
         return [tokenize(texts, setup.tokenizer, setup.clip.context_length, source)
                 for texts, source in ((prompts, "--prompt"), (read, "descriptions"))]
     setup = common.start(args, check)
@@ -261,16 +268,15 @@ def main():
                                          setup.data.train, setup, setup.out)["features"]
 
         def fit(lam, affinity, out):
-            p_c = core_targets(features_0, heads[C:].cpu(), setup.scale, affinity)
-            model = new_model()
+            model, loss_fn = new_model(), make_loss(features_0, heads[C:], setup.scale, affinity, lam)
             if args.tune_text:
                 tuned = TunedText(model, setup.clip, texts)
-                setup.fit(tuned, make_loss(p_c, lam), out)
+                setup.fit(tuned, loss_fn, out)
                 with torch.no_grad():
                     model.head.copy_(tuned.heads())
                 text = {k: v for k, v in tuned.clip.state_dict().items() if not k.startswith("visual.")}
             else:
-                setup.fit(model, make_loss(p_c, lam), out)
+                setup.fit(model, loss_fn, out)
                 text = {}
             df = setup.classifier(head=model.head[:C])
             df.visual = model.visual

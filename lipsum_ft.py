@@ -129,10 +129,11 @@ def main():
     args = get_args()
 
     def check(setup):
-        """The text tower can take the random texts."""
+        """The tokenizer and the text tower can make and take the random texts."""
         try:
-            encode_tokens(setup.clip, torch.zeros(1, args.text_length + 2, dtype=torch.long, device=setup.device))
-        except ValueError as error:
+            t = random_tokens(1, args.text_length, setup.tokenizer.sot_token_id, setup.tokenizer.eot_token_id)
+            encode_tokens(setup.clip, t.to(setup.device))
+        except (ValueError, AttributeError) as error:
             raise common.Fail(f"--text-length {args.text_length} with --model {args.model}: {error}") from None
     setup = common.start(args, check)
     zero_shot = setup.classifier()
@@ -145,7 +146,7 @@ def main():
         return model
 
     if args.finetuned != "none":
-        rows["Lipsum-FT"] = setup.finetuned[1]
+        zero_shot, rows["Lipsum-FT"] = rows["zero-shot"], _ = setup.finetuned
     else:
         if args.baseline and args.lam:
             rows["fine-tuned"] = fit(0, setup.out / "fine-tuned")

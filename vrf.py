@@ -15,28 +15,27 @@ Symbols: f_zs, f_ft logits and p_zs, p_ft probabilities of the two models; v uni
 
 Deviations (released code: knn_distance.py, models/calibration.py, main.py, baselines.py)
     1. From the paper, with the code: d is squared (faiss IndexFlatL2), to which a = 1.5, b = 0.6 belong; --distance l2.
-    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule paper. From both: k is
-       kept within [1, |V|], and where V is empty VRF is OSE, with a warning.
+    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule paper. From both:
+       k is kept within [1, |V|], and where V is empty VRF is OSE, with a warning.
     3. From the paper, with the code: logits are first divided by temperatures at which mean confidence equals accuracy;
        --no-calibrate. Ours is a bisection, theirs an unbounded interpolation search with tolerance 0.001.
     4. From the code: everything is chosen on held-out training images (2% of ImageNet's), not on the ID test set;
        --select-on-test. OSE's alpha is one of 0, 0.05, ..., 1 and WSE's of 0, 0.1, ..., 1; theirs of 0.1, ..., 0.9.
     5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From both: the sweep takes the
-       smallest mean omega (the most zero-shot) whose held-out accuracy is within --tolerance of the best. Accuracy alone
-       would pick omega = 1: held-out images are all in-distribution.
+       smallest mean omega (the most zero-shot) whose held-out accuracy is within --tolerance of the best. Accuracy
+       alone would pick omega = 1: held-out images are all in-distribution.
     6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe; theirs is WiSE-FT's checkpoint.
 
 Usage
     python vrf.py                                                     # the embedded data, fine-tunes first
-    python vrf.py --finetuned runs/lipsum_ft-shapes-s0                # on any finished run
-    python vrf.py --data imagenet --data-dir ~/data --no-sweep        # the paper's main experiment
+    python vrf.py --finetuned runs/wise_ft-shapes-s0/fine-tuned       # on any run's model, here before the averaging
+    python vrf.py --data imagenet --data-dir ~/data                   # the paper's main experiment
     python vrf.py --resume runs/vrf-shapes-s0 --predict MY_IMAGES     # path, class, probability, d, omega a line
 Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on ImageNet / mean of 5 shifts (not run by us):
     zero-shot 68.3/58.4, fine-tuned 81.3/53.7, WSE 82.5/60.6, OSE 82.2/60.2, VRF 82.3/61.8.
 """
 import argparse
 import copy
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ ALPHAS = [round(0.05 * i, 2) for i in range(21)]  # of OSE and WSE
 def get_args():
     p = common.parser(__doc__)
     p.add("--distance", "squared", "squared as the code, l2 as the paper", choices=["squared", "l2"])
-    p.add("--k-rule", common.RECIPE, "k = round(1000 |V| / |train|) as the code, floor(0.1%% |V|) as the paper",
+    p.add("--k-rule", common.RECIPE, "k = round(1000 |V| / |train|) as the code, floor(0.1% |V|) as the paper",
           choices=["code", "paper"])
     p.add("--k", 0, "k itself; 0 follows --k-rule", type=common.number(int, 0))
     p.add("--a", 1.5, "distance at which both models count the same, without --sweep (paper: 1.5)",
@@ -142,7 +141,7 @@ def ensemble(logits_zs, logits_ft, weight, t_zs=1.0, t_ft=1.0, space="probabilit
     p = softmax(logits / T), with logits already in the test set's label space. space="logits" averages logits / T
     and then takes the softmax (paper, Section 5.3).
     """
-    w = torch.as_tensor(weight, dtype=logits_zs.dtype).reshape(-1, 1)
+    w = torch.as_tensor(weight, dtype=logits_zs.dtype, device=logits_zs.device).reshape(-1, 1)
     if space == "logits":
         return (w * logits_ft / t_ft + (1 - w) * logits_zs / t_zs).softmax(dim=1)
     return w * (logits_ft / t_ft).softmax(dim=1) + (1 - w) * (logits_zs / t_zs).softmax(dim=1)
@@ -247,8 +246,8 @@ def main():
 
     def check(setup):
         if (args.calibrate or args.sweep) and not args.select_on_test and not len(setup.data.val):
-            raise common.Fail("--holdout 0: no held-out images to calibrate and sweep on; set --holdout, or pass "
-                              "--no-calibrate --no-sweep")
+            raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the model is trained, "
+                              "or pass --no-calibrate --no-sweep, or --select-on-test")
     setup = common.start(args, check)
     folder = Path(args.finetuned) if setup.finetuned else setup.out / "fine-tuned"
     zero_shot, fine_tuned = setup.finetuned or fine_tune(setup, folder)
@@ -256,13 +255,13 @@ def main():
     # Step 1 and 2: the failures V, and what is chosen on held-out images
     bank = failures_of(zero_shot, fine_tuned, setup, folder)
     outputs = {name: both_outputs(zero_shot, fine_tuned, dataset, setup, folder)
-               for name, dataset in {"held-out": setup.data.val, **setup.data.tests}.items()}
+               for name, dataset in {"held-out": setup.data.val, **setup.data.tests}.items() if len(dataset)}
     chosen_on, chosen_set = "held-out", setup.data.val
     if args.select_on_test:
         chosen_on, chosen_set = next(iter(setup.data.tests.items()))
         common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {chosen_on}, as the "
                    "released code does; its accuracy is then not an estimate for new images")
-    seen = outputs[chosen_on]
+    seen = outputs.get(chosen_on)
     state = {"failures": len(bank), "k": neighbours(len(bank), len(setup.data.train), args.k_rule), "a": args.a,
              "b": args.b, "distance": args.distance, "space": args.space, "t_zs": 1.0, "t_ft": 1.0, "alpha": 0.5}
     if args.k:
@@ -270,45 +269,50 @@ def main():
     if args.calibrate:
         state["t_zs"] = calibration_temperature(seen["logits_zs"], chosen_set.labels)
         state["t_ft"] = calibration_temperature(seen["logits_ft"], chosen_set.labels)
+        for key in [k for k in ("t_zs", "t_ft") if not 1.01e-3 < state[k] < 0.99e3]:
+            common.say(f"warning: no temperature gives the {chosen_on} accuracy; {key} is the end {state[key]:.3g}")
 
     def mix(output, weight):
         return ensemble(output["logits_zs"], output["logits_ft"], weight, state["t_zs"], state["t_ft"], args.space)
 
-    alpha_wse, merged = 0.5, {a: common.merged(zero_shot, fine_tuned, a) for a in ALPHAS[::2]}
+    def wse_rows(images, project):  # one merged model at a time: eleven would fill a GPU
+        return {str(a): project(common.merged(zero_shot, fine_tuned, a)(images)[0]) for a in ALPHAS[::2]}
+
+    alpha_wse = "0.5"
     if args.sweep:
         state["alpha"] = max(ALPHAS, key=lambda a: accuracy(mix(seen, a), chosen_set.labels))
-        right = common.collect(lambda x, y: {str(a): chosen_set.project(m(x)[0]).argmax(1) == y
-                                             for a, m in merged.items()}, chosen_set, args, setup.device)
-        alpha_wse = max(merged, key=lambda a: right[str(a)].double().mean())
+        right = common.collect(lambda x, y: {a: z.argmax(1) == y for a, z in wse_rows(x, chosen_set.project).items()},
+                               chosen_set, args, setup.device)
+        alpha_wse = max(right, key=lambda a: right[a].double().mean())
     if len(bank):
         for output in outputs.values():
             output["d"] = distances(output["v"], bank, state, setup.device)
         if args.sweep:
             state["a"], state["b"] = sweep_weight(lambda w: mix(seen, w), seen["d"], chosen_set.labels, args.tolerance)
     else:
-        warnings.warn("no training image is right fine-tuned and wrong zero-shot: VRF falls back to OSE")
+        common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF falls back to OSE")
 
     # Step 3: the ensembles on the test sets
     results = {"zero-shot": {}, "fine-tuned": {}, "OSE": {}, "WSE": {}, "VRF": {}}
     curve = {a: {} for a in ALPHAS}
     for name, dataset in setup.data.tests.items():
         output = outputs[name]
-        score = lambda probs: common.metrics(common.per_image(probs.log(), dataset.labels), dataset)
-        results["zero-shot"][name] = score(output["logits_zs"].softmax(1))
-        results["fine-tuned"][name] = score(output["logits_ft"].softmax(1))
+        score = lambda probs: common.metrics(common.per_image(probs.clamp_min(1e-30).log(), dataset.labels), dataset)
+        for row, logits in (("zero-shot", "logits_zs"), ("fine-tuned", "logits_ft")):  # as they are, not calibrated
+            results[row][name] = common.metrics(common.per_image(output[logits], dataset.labels), dataset)
         for a in ALPHAS:
             curve[a][name] = score(mix(output, a))
         results["OSE"][name] = curve[state["alpha"]][name]
         output["omega"] = ft_weight(output["d"], state["a"], state["b"]) if len(bank) else torch.tensor(state["alpha"])
         results["VRF"][name] = score(mix(output, output["omega"]))
-    wse = common.evaluate({str(a): m for a, m in merged.items()}, setup)
-    results["WSE"] = wse[str(alpha_wse)]
+    wse = common.evaluate(wse_rows, setup)
+    results["WSE"] = wse[alpha_wse]
 
     # What the run leaves
     tests = list(setup.data.tests)
     if common.RANK == 0:
-        common.write_json(setup.out / "vrf.json", {**state, "finetuned": str(folder), "bank": "vrf.safetensors",
-                                                   "chosen_on": chosen_on})
+        common.write_json(setup.out / "vrf.json", {**state, "finetuned": str(folder.resolve()), "chosen_on": chosen_on,
+                                                   "bank": "vrf.safetensors"})
         common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
         if len(bank):
             d = torch.cat([outputs[t]["d"] for t in tests])
@@ -316,13 +320,13 @@ def main():
                      for z in ("logits_zs", "logits_ft")]
             plot_ratio(d, *right, state, setup.out / "ratio.png")
         point = lambda row: common.id_ood(row, setup.measure)
-        plot_plane({"OSE": [point(curve[a]) for a in ALPHAS], "WSE": [point(wse[str(a)]) for a in merged]},
+        plot_plane({"OSE": [point(curve[a]) for a in ALPHAS], "WSE": [point(row) for row in wse.values()]},
                    {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, setup.measure,
                    setup.out / "plane.png")
     common.say(f"V: {len(bank)} of {len(setup.data.train)} training images, k = {state['k']}; chosen on {chosen_on}: "
                f"T_zs {state['t_zs']:.3g}, T_ft {state['t_ft']:.3g}, a {state['a']:.3g}, b {state['b']:.3g}, "
-               f"OSE alpha {state['alpha']:g}, WSE alpha {alpha_wse:g}")
-    common.finish(setup, results, vrf={**state, "alpha_wse": alpha_wse, "chosen_on": chosen_on},
+               f"OSE alpha {state['alpha']:g}, WSE alpha {alpha_wse}")
+    common.finish(setup, results, vrf={**state, "alpha_wse": float(alpha_wse), "chosen_on": chosen_on},
                   ose_curve={str(a): common.id_ood(t, setup.measure) for a, t in curve.items()},
                   wse_curve={a: common.id_ood(t, setup.measure) for a, t in wse.items()})
 

@@ -68,11 +68,11 @@ def interpolate(theta_0, theta_1, alpha):
     alpha 0 and 1 return the ends bit for bit (0 * -inf in a masked buffer would be NaN); integer buffers, such as
     BatchNorm's counters, are theta_1's. ValueError names entries that do not match.
     """
-    if alpha in (0, 1):
-        return dict(theta_1 if alpha else theta_0)
     shapes = [{k: tuple(v.shape) for k, v in theta.items()} for theta in (theta_0, theta_1)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"weights that differ in name or shape: {sorted(dict(shapes[0].items() ^ shapes[1].items()))}")
+    if alpha in (0, 1):
+        return dict(theta_1 if alpha else theta_0)
     return {k: (1 - alpha) * theta_0[k] + alpha * theta_1[k] if theta_1[k].is_floating_point() else theta_1[k]
             for k in theta_1}
 
@@ -98,7 +98,7 @@ def fine_tune(setup, out):
     head_only.visual, head_only.amp = torch.nn.Identity(), None
     features = common.collect_once(lambda x, y: {"features": theta_0(x)[1]}, [theta_0], setup.data.train, setup, out)
     common.train(head_only, common.ImageSet("train", features["features"], setup.data.train.labels), make_loss(),
-                 setup.args, out)
+                 setup.args, out, setup.out)
     theta_1 = copy.deepcopy(theta_0)
     theta_1.load_state_dict({**theta_0.state_dict(), **head_only.state_dict()})
     common.save_run(setup, theta_1, out)
@@ -118,13 +118,14 @@ def all_alphas(theta_0, theta_1, alphas):
     if shared:
         tower, model.visual, model.amp = theta_1, torch.nn.Identity(), None
         ends = [{k: v for k, v in end.items() if not k.startswith("visual.")} for end in ends]
-    states = {row_name(a): interpolate(*ends, a) for a in alphas}
-    for state in states.values():  # see load_clip: on CPU, matmul is slow for weights that require no gradient
-        state.update({k: v.clone().requires_grad_() for k, v in state.items() if v.is_floating_point()})
+
+    def logits(alpha, x):  # weights are made for a batch and dropped: eleven models at once would fill a GPU
+        state = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in interpolate(*ends, alpha).items()}
+        return functional_call(model, state, (x,))[0]  # why requires_grad: see load_clip
 
     def rows(images, project):
         x = tower(images)[1] if shared else images
-        return {name: project(functional_call(model, state, (x,))[0]) for name, state in states.items()}
+        return {row_name(a): project(logits(a, x)) for a in alphas}
     return rows
 
 
@@ -168,7 +169,7 @@ def main():
 
     def check(setup):
         if args.select and not len(setup.data.val):
-            raise common.Fail("--select with --holdout 0: no held-out images to select on")
+            raise common.Fail("--select: no held-out images to select on; raise --holdout of the training run")
     setup = common.start(args, check)
     theta_0, theta_1 = setup.finetuned or fine_tune(setup, setup.out / "fine-tuned")
     alphas, chosen, accuracy = sorted({0, 1, args.alpha, *args.alphas}), args.alpha, None

@@ -35,7 +35,7 @@ new = lambda: common.ImageClassifier(open_clip.create_model(a.model, device=devi
 zero_shot = new().eval()
 losses = {"plain": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 0, 80, 8, 0),
           "Lipsum-FT": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 1.0, 80, 8, 0),
-          "DRM": drm.make_loss(torch.full((a.batch, a.classes), 1 / a.classes), 1.0)}
+          "DRM": drm.make_loss(F.normalize(torch.randn(a.batch, W.shape[1]), dim=1), W, 100.0, "softmax", 1.0)}
 model, two_heads = new().train(), new().train()
 two_heads.head = torch.nn.Parameter(torch.cat([W, W.roll(1, 0)]), requires_grad=False)
 two_heads.visual = model.visual  # one set of tower weights and one optimizer for all

@@ -29,6 +29,9 @@ def test_targets_loss_and_mixture_against_loops():
     for affinity, want in (("softmax", plain), ("minmax", scaled)):
         p_c = drm.core_targets(torch.tensor(f0), torch.tensor(w), s, affinity)
         assert np.abs(p_c.numpy() - want).max() <= 1e-12 and (p_c.sum(1) - 1).abs().max() <= 1e-12
+        span = tuple(torch.tensor(x) for x in (low, high))  # of all training images, for some of them
+        some = drm.core_targets(torch.tensor(f0[:2]), torch.tensor(w), s, affinity, span)
+        assert np.abs(some.numpy() - want[:2]).max() <= 1e-12
 
     df, cd, y = rng.normal(size=(N, C)), rng.normal(size=(N, C)), rng.integers(C, size=N)
     risk = kl = 0.0

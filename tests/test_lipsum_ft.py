@@ -118,6 +118,9 @@ def test_own_folder_of_jpegs_and_reload_with_open_clip(tmp_path, tiny_vit):
     assert 100 * accuracy == rows["Lipsum-FT"]["id"]
     again = run("lipsum_ft.py", "--finetuned", "out", "--out", "again", cwd=tmp_path)  # the run brings its data
     assert again["rows"][1]["tests"] == rows["Lipsum-FT"]["tests"]
+    run("wise_ft.py", "--finetuned", "out", "--alphas", 1, "--freeze", "encoder", "--out", "w", cwd=tmp_path)
+    mixed = run("lipsum_ft.py", "--finetuned", "w", "--alpha", 0.5, "--out", "m", cwd=tmp_path)
+    assert [r["name"] for r in mixed["rows"]] == ["zero-shot", "Lipsum-FT", "Lipsum-FT + WiSE 0.5"]
     args = common.parse(common.parser(""), "lipsum_ft", lipsum_ft.RECIPES, ["--finetuned", str(out), "--out",
                                                                             str(tmp_path / "third")])
     _, theta_1 = common.load_run(out, common.start(args))

@@ -89,6 +89,29 @@ def test_stop_signal_saves_and_tells_how_to_go_on(tmp_path, tiny_vit):
     assert common.load_tensors(tmp_path / "r" / "last.ckpt")[1]["step"] > 0
 
 
+def test_resume_needs_the_layout_of_the_parameters_and_the_same_stream(tmp_path):
+    """Fused AdamW reads moments by the memory layout of the parameter, which files do not keep (channels_last)."""
+    def parts():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), torch.amp.GradScaler("cpu", enabled=False)
+
+    def step(model, optimizer, seed):
+        model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole, again = parts(), parts()
+    for seed in range(2):
+        step(*whole[:2], seed)
+    common.save_checkpoint(tmp_path / "last.ckpt", 2, *whole, [9, 4])
+    assert common.load_checkpoint(tmp_path / "last.ckpt", *again, [9, 4]) == 2
+    for model, optimizer, _ in (whole, again):
+        step(model, optimizer, 2)
+    assert torch.equal(whole[0].weight, again[0].weight)
+    with pytest.raises(common.Fail, match="number of ranks"):
+        common.load_checkpoint(tmp_path / "last.ckpt", *again, [9, 8])
+
+
 def test_non_finite_loss_stops_and_names_its_files(tmp_path, tiny_vit):
     tree = write_tree(tmp_path / "tree")
     message = complaint("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--lr", 1e30, "--steps", 9,
@@ -131,7 +154,7 @@ def test_table_of_mistakes(tmp_path, tiny_vit, tiny_resnet, monkeypatch):
                        ("long.json", json.dumps({"red square": "so " * 99, "green square": "x", "blue square": "y"}))):
         (tmp_path / name).write_text(text)
     copies = {}
-    for change in ("no_test", "no_train", "empty_class", "text_as_jpg", "extra_class", "flat", "templates", "classnames"):
+    for change in ("no_test", "no_train", "empty_class", "text_as_jpg", "extra_class", "flat", "templates", "classnames", "shift_test"):
         copies[change] = write_tree(tmp_path / change, train=2, test=1)
     (copies["no_test"] / "test").rename(copies["no_test"] / "tests")
     (copies["no_train"] / "train").rename(copies["no_train"] / "training")
@@ -141,10 +164,11 @@ def test_table_of_mistakes(tmp_path, tiny_vit, tiny_resnet, monkeypatch):
     (copies["extra_class"] / "shifts" / "dark" / "pink_square").mkdir()
     for f in [p for p in (copies["flat"] / "test").rglob("*.jpg")]:
         f.rename(copies["flat"] / f"{f.parent.name}-{f.name}")
+    (copies["shift_test"] / "shifts" / "dark").rename(copies["shift_test"] / "shifts" / "test")
     (copies["templates"] / "templates.txt").write_text("a photo\n")
     (copies["classnames"] / "classnames.txt").write_text("nothing\there\n")
     at = lambda change: ["--data", "folder", "--data-dir", copies[change], "--model", tiny_vit]
-    halves = {"half": '{"method": "lipsum_ft", "data": "shapes"}', "torn": '{"method": "lips'}
+    halves = {"part": '{"method": "lipsum_ft", "part_of": "done"}', "half": '{"method": "lipsum_ft", "data": "shapes"}', "torn": '{"method": "lips'}
     for name, text in halves.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(text)
@@ -160,6 +184,9 @@ def test_table_of_mistakes(tmp_path, tiny_vit, tiny_resnet, monkeypatch):
             ("--shots", 10), ("--lra", 1), ("--save-every", -1))),
         ("lipsum_ft.py", [*base, "--text-length", 99], "--text-length"),
         ("lipsum_ft.py", [*base, "--device", "tpu9"], "--device"),
+        ("lipsum_ft.py", at("shift_test"), "cannot have that name"), ("drm.py", [*base, "--prompt", "a {} or {}"], "--prompt"),
+        ("wise_ft.py", ["--finetuned", "done", "--holdout", 0.5], "held-out images must be the same"),
+        ("lipsum_ft.py", ["--resume", "part"], "resume that"),
         ("wise_ft.py", [*base, "--alphas", 2], "--alphas"), ("wise_ft.py", [*base, "--select", "--holdout", 0], "--holdout"),
         ("vrf.py", [*base, "--a", 0], "--a"), ("vrf.py", [*base, "--b", 0], "--b"), ("vrf.py", [*base, "--k", -1], "--k"),
         ("vrf.py", [*base, "--holdout", 0, "--out", "v0"], "--holdout"), ("vrf.py", [*base, "--predict", tree], "--resume"),
@@ -181,7 +208,7 @@ def test_table_of_mistakes(tmp_path, tiny_vit, tiny_resnet, monkeypatch):
         ("wise_ft.py", ["--resume", "done"], "lipsum_ft.py"), ("lipsum_ft.py", ["--resume", "done", "--lam", 2], "--lam"),
         ("wise_ft.py", ["--finetuned", "half"], "not finished"), ("wise_ft.py", ["--finetuned", "gone"], "gone"),
         ("wise_ft.py", ["--finetuned", "done", "--model", tiny_resnet, "--out", "w"], "not a run of"),
-        ("wise_ft.py", ["--finetuned", "done", "--data", "shapes", "--out", "w2"], "classes"),
+        ("wise_ft.py", ["--finetuned", "done", "--data", "shapes", "--out", "w2"], "--data shapes"),
         ("drm.py", ["--finetuned", "done", "--descriptions", "d.json"], "d.json"),
     ]
     assert len(table) >= 40

@@ -139,6 +139,14 @@ def test_empty_bank_falls_back_to_ose(tmp_path, tiny_vit):
     assert rows["VRF"] == rows["OSE"] and results["vrf"]["failures"] == 0
 
 
+@pytest.mark.parametrize("flags", [["--no-calibrate", "--no-sweep"], ["--select-on-test"]])
+def test_without_held_out_images(tmp_path, tiny_vit, flags):
+    tree = write_tree(tmp_path / "tree")
+    results = run("vrf.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--holdout", 0, "--steps", 3, *flags,
+                  "--out", "v", cwd=tmp_path)
+    assert len(results["rows"]) == 5 and results["vrf"]["chosen_on"] == ("test" if len(flags) == 1 else "held-out")
+
+
 def test_mistakes(tmp_path, tree, tiny_vit, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--a" in complaint("vrf.py", "--a", 0) and "above 0" in complaint("vrf.py", "--b", -1)
