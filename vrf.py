@@ -166,19 +166,25 @@ def sweep_weight(mix, d, labels, tolerance):
     return max(scores, key=lambda s: (s[0] >= best - tolerance, s[1]))[2]
 
 
+def both(zero_shot, fine_tuned, images):
+    """{logits_zs, logits_ft (B, C), v (B, D)} of a batch: both models' logits, the fine-tuned model's unit features."""
+    logits_ft, v = fine_tuned(images)
+    return {"logits_zs": zero_shot(images)[0], "logits_ft": logits_ft, "v": v}
+
+
 def both_outputs(zero_shot, fine_tuned, dataset, setup, folder):
-    """{logits_zs, logits_ft (N, C'), v (N, D)} of a data set, logits in its label space; computed once."""
+    """both() of a data set, with logits (N, C') in its label space; computed once for these models."""
     def outputs(images, labels):
-        logits_ft, v = fine_tuned(images)
-        return {"logits_zs": dataset.project(zero_shot(images)[0]), "logits_ft": dataset.project(logits_ft), "v": v}
+        found = both(zero_shot, fine_tuned, images)
+        return {k: dataset.project(x) if k != "v" else x for k, x in found.items()}
     return common.collect_once(outputs, [zero_shot, fine_tuned], dataset, setup, folder)
 
 
 def failures_of(zero_shot, fine_tuned, setup, folder):
-    """V (|V|, D): unit features of the zero-shot failures among the un-augmented training images."""
+    """V (|V|, D): unit features of the zero-shot failures; setup.data.train is un-augmented, only fit() augments."""
     def outputs(images, labels):
-        logits_ft, v = fine_tuned(images)
-        return {"failure": zero_shot_failures(zero_shot(images)[0], logits_ft, labels), "v": v}
+        found = both(zero_shot, fine_tuned, images)
+        return {"failure": zero_shot_failures(found["logits_zs"], found["logits_ft"], labels), "v": found["v"]}
     seen = common.collect_once(outputs, [zero_shot, fine_tuned], setup.data.train, setup, folder)
     return seen["v"][seen["failure"]]
 
@@ -239,6 +245,37 @@ def fine_tune(setup, out):
     return zero_shot, fine_tuned
 
 
+def choose(seen, chosen_set, bank, mix, wse_rows, setup, state):
+    """Complete `state` with what is chosen on `chosen_set` from its outputs `seen`: temperatures, alphas, a and b."""
+    args = setup.args
+    if args.calibrate:
+        for key, logits in (("t_zs", "logits_zs"), ("t_ft", "logits_ft")):
+            state[key] = calibration_temperature(seen[logits], chosen_set.labels)
+            if not 1.01e-3 < state[key] < 0.99e3:
+                common.say(f"warning: no temperature gives {chosen_set.name}'s accuracy; {key} is {state[key]:.3g}")
+    if args.sweep:
+        state["alpha"] = max(ALPHAS, key=lambda a: accuracy(mix(seen, a), chosen_set.labels))
+        right = common.collect(lambda x, y: {a: z.argmax(1) == y for a, z in wse_rows(x, chosen_set.project).items()},
+                               chosen_set, args, setup.device)
+        state["alpha_wse"] = float(max(right, key=lambda a: right[a].double().mean()))
+        if len(bank):
+            state["a"], state["b"] = sweep_weight(lambda w: mix(seen, w), seen["d"], chosen_set.labels, args.tolerance)
+
+
+def leave(setup, bank, outputs, state, results, curve, wse):
+    """What else a run leaves: vrf.json and the bank for --predict, and the two figures."""
+    tests, point = setup.data.tests, lambda row: common.id_ood(row, setup.measure)
+    common.write_json(setup.out / "vrf.json", state)
+    common.save_tensors(setup.out / state["bank"], {"bank": bank})
+    if len(bank):
+        right = [torch.cat([outputs[t][z].argmax(1) == tests[t].labels for t in tests])
+                 for z in ("logits_zs", "logits_ft")]
+        plot_ratio(torch.cat([outputs[t]["d"] for t in tests]), *right, state, setup.out / "ratio.png")
+    plot_plane({"OSE": [point(row) for row in curve.values()], "WSE": [point(row) for row in wse.values()]},
+               {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, setup.measure,
+               setup.out / "plane.png")
+
+
 def main():
     args = get_args()
     if args.predict != "none":
@@ -252,44 +289,31 @@ def main():
     folder = Path(args.finetuned) if setup.finetuned else setup.out / "fine-tuned"
     zero_shot, fine_tuned = setup.finetuned or fine_tune(setup, folder)
 
-    # Step 1 and 2: the failures V, and what is chosen on held-out images
+    # Step 1: the zero-shot failures among the training images
     bank = failures_of(zero_shot, fine_tuned, setup, folder)
-    outputs = {name: both_outputs(zero_shot, fine_tuned, dataset, setup, folder)
-               for name, dataset in {"held-out": setup.data.val, **setup.data.tests}.items() if len(dataset)}
-    chosen_on, chosen_set = "held-out", setup.data.val
-    if args.select_on_test:
-        chosen_on, chosen_set = next(iter(setup.data.tests.items()))
-        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {chosen_on}, as the "
-                   "released code does; its accuracy is then not an estimate for new images")
-    seen = outputs.get(chosen_on)
-    state = {"failures": len(bank), "k": neighbours(len(bank), len(setup.data.train), args.k_rule), "a": args.a,
-             "b": args.b, "distance": args.distance, "space": args.space, "t_zs": 1.0, "t_ft": 1.0, "alpha": 0.5}
-    if args.k:
-        state["k"] = min(args.k, len(bank))
-    if args.calibrate:
-        state["t_zs"] = calibration_temperature(seen["logits_zs"], chosen_set.labels)
-        state["t_ft"] = calibration_temperature(seen["logits_ft"], chosen_set.labels)
-        for key in [k for k in ("t_zs", "t_ft") if not 1.01e-3 < state[k] < 0.99e3]:
-            common.say(f"warning: no temperature gives the {chosen_on} accuracy; {key} is the end {state[key]:.3g}")
+    k = min(args.k, len(bank)) if args.k else neighbours(len(bank), len(setup.data.train), args.k_rule)
+    state = {"failures": len(bank), "k": k, "distance": args.distance, "space": args.space, "a": args.a, "b": args.b,
+             "alpha": 0.5, "alpha_wse": 0.5, "t_zs": 1.0, "t_ft": 1.0, "chosen_on": "held-out",
+             "bank": "vrf.safetensors", "finetuned": str(folder.resolve())}
 
+    # Step 2: distances and weights, chosen on held-out images
     def mix(output, weight):
         return ensemble(output["logits_zs"], output["logits_ft"], weight, state["t_zs"], state["t_ft"], args.space)
 
     def wse_rows(images, project):  # one merged model at a time: eleven would fill a GPU
         return {str(a): project(common.merged(zero_shot, fine_tuned, a)(images)[0]) for a in ALPHAS[::2]}
 
-    alpha_wse = "0.5"
-    if args.sweep:
-        state["alpha"] = max(ALPHAS, key=lambda a: accuracy(mix(seen, a), chosen_set.labels))
-        right = common.collect(lambda x, y: {a: z.argmax(1) == y for a, z in wse_rows(x, chosen_set.project).items()},
-                               chosen_set, args, setup.device)
-        alpha_wse = max(right, key=lambda a: right[a].double().mean())
-    if len(bank):
-        for output in outputs.values():
-            output["d"] = distances(output["v"], bank, state, setup.device)
-        if args.sweep:
-            state["a"], state["b"] = sweep_weight(lambda w: mix(seen, w), seen["d"], chosen_set.labels, args.tolerance)
-    else:
+    outputs = {name: both_outputs(zero_shot, fine_tuned, dataset, setup, folder)
+               for name, dataset in {"held-out": setup.data.val, **setup.data.tests}.items() if len(dataset)}
+    for output in outputs.values() if len(bank) else []:
+        output["d"] = distances(output["v"], bank, state, setup.device)
+    chosen_set = setup.data.val
+    if args.select_on_test:
+        state["chosen_on"], chosen_set = next(iter(setup.data.tests.items()))
+        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {state['chosen_on']}, as "
+                   "the released code does; its accuracy is then not an estimate for new images")
+    choose(outputs.get(state["chosen_on"]), chosen_set, bank, mix, wse_rows, setup, state)
+    if not len(bank):
         common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF falls back to OSE")
 
     # Step 3: the ensembles on the test sets
@@ -297,36 +321,22 @@ def main():
     curve = {a: {} for a in ALPHAS}
     for name, dataset in setup.data.tests.items():
         output = outputs[name]
-        score = lambda probs: common.metrics(common.per_image(probs.clamp_min(1e-30).log(), dataset.labels), dataset)
-        for row, logits in (("zero-shot", "logits_zs"), ("fine-tuned", "logits_ft")):  # as they are, not calibrated
-            results[row][name] = common.metrics(common.per_image(output[logits], dataset.labels), dataset)
+        score = lambda logits: common.metrics(common.per_image(logits, dataset.labels), dataset)
+        log = lambda probs: probs.clamp_min(1e-30).log()
         for a in ALPHAS:
-            curve[a][name] = score(mix(output, a))
+            curve[a][name] = score(log(mix(output, a)))
+        omega = ft_weight(output["d"], state["a"], state["b"]) if len(bank) else state["alpha"]
+        results["zero-shot"][name] = score(output["logits_zs"])  # these two as they are, not calibrated
+        results["fine-tuned"][name] = score(output["logits_ft"])
         results["OSE"][name] = curve[state["alpha"]][name]
-        output["omega"] = ft_weight(output["d"], state["a"], state["b"]) if len(bank) else torch.tensor(state["alpha"])
-        results["VRF"][name] = score(mix(output, output["omega"]))
+        results["VRF"][name] = score(log(mix(output, omega)))
     wse = common.evaluate(wse_rows, setup)
-    results["WSE"] = wse[alpha_wse]
-
-    # What the run leaves
-    tests = list(setup.data.tests)
+    results["WSE"] = wse[str(state["alpha_wse"])]
     if common.RANK == 0:
-        common.write_json(setup.out / "vrf.json", {**state, "finetuned": str(folder.resolve()), "chosen_on": chosen_on,
-                                                   "bank": "vrf.safetensors"})
-        common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
-        if len(bank):
-            d = torch.cat([outputs[t]["d"] for t in tests])
-            right = [torch.cat([outputs[t][z].argmax(1) == setup.data.tests[t].labels for t in tests])
-                     for z in ("logits_zs", "logits_ft")]
-            plot_ratio(d, *right, state, setup.out / "ratio.png")
-        point = lambda row: common.id_ood(row, setup.measure)
-        plot_plane({"OSE": [point(curve[a]) for a in ALPHAS], "WSE": [point(row) for row in wse.values()]},
-                   {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, setup.measure,
-                   setup.out / "plane.png")
-    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images, k = {state['k']}; chosen on {chosen_on}: "
-               f"T_zs {state['t_zs']:.3g}, T_ft {state['t_ft']:.3g}, a {state['a']:.3g}, b {state['b']:.3g}, "
-               f"OSE alpha {state['alpha']:g}, WSE alpha {alpha_wse}")
-    common.finish(setup, results, vrf={**state, "alpha_wse": float(alpha_wse), "chosen_on": chosen_on},
+        leave(setup, bank, outputs, state, results, curve, wse)
+    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on {state['chosen_on']}: "
+               + ", ".join(f"{key} {state[key]:.3g}" for key in ("k", "t_zs", "t_ft", "a", "b", "alpha", "alpha_wse")))
+    common.finish(setup, results, vrf=state,
                   ose_curve={str(a): common.id_ood(t, setup.measure) for a, t in curve.items()},
                   wse_curve={a: common.id_ood(t, setup.measure) for a, t in wse.items()})
 
@@ -346,10 +356,7 @@ def predict_folder(args):
     images = common.ImageSet("predict", paths, np.zeros(len(paths)))
     images.transform = setup.data.val.transform
 
-    def outputs(x, _):
-        logits_ft, v = fine_tuned(x)
-        return {"logits_zs": zero_shot(x)[0], "logits_ft": logits_ft, "v": v}
-    output = common.collect(outputs, images, args, setup.device)
+    output = common.collect(lambda x, y: both(zero_shot, fine_tuned, x), images, args, setup.device)
     d = distances(output["v"], bank, state, setup.device) if len(bank) else torch.full((len(paths),), torch.nan)
     omega = ft_weight(d, state["a"], state["b"]) if len(bank) else torch.full((len(paths),), state["alpha"])
     probs = ensemble(output["logits_zs"], output["logits_ft"], omega, state["t_zs"], state["t_ft"], state["space"])
