@@ -324,11 +324,12 @@ class Setup:
                                            self.args.seed)
         return train(model, images, loss_fn, self.args, out, self.out)
 
-    def classifier(self, folded=False, head=None):
-        """The zero-shot model theta_0 as an ImageClassifier with a copy of the image tower, ready to be trained."""
+    def classifier(self, folded=False, head=None, own=True):
+        """The zero-shot model theta_0 as an ImageClassifier; own: with a copy of the image tower, ready to be trained."""
         head = self.head if head is None else head
-        model = ImageClassifier(copy.deepcopy(self.clip.visual), self.scale * head if folded else head,
-                                1.0 if folded else self.scale, bias=folded, amp=self.amp)
+        visual = copy.deepcopy(self.clip.visual) if own else self.clip.visual
+        model = ImageClassifier(visual, self.scale * head if folded else head, 1.0 if folded else self.scale,
+                                bias=folded, amp=self.amp)
         for p in [model.head] if model.bias is None else [model.head, model.bias]:
             p.requires_grad_(getattr(self.args, "freeze", "none") != "head")
         if self.args.grad_checkpointing:

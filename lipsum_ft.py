@@ -136,7 +136,7 @@ def main():
         except (ValueError, AttributeError) as error:
             raise common.Fail(f"--text-length {args.text_length} with --model {args.model}: {error}") from None
     setup = common.start(args, check)
-    zero_shot = setup.classifier()
+    zero_shot = setup.classifier(own=False)  # the frozen teacher needs no tower of its own
     rows = {"zero-shot": zero_shot}
 
     def fit(lam, out):

@@ -310,8 +310,8 @@ def main():
     chosen_set = setup.data.val
     if args.select_on_test:
         state["chosen_on"], chosen_set = next(iter(setup.data.tests.items()))
-        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {state['chosen_on']}, as "
-                   "the released code does; its accuracy is then not an estimate for new images")
+        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {state['chosen_on']}, "
+                   "as the released code does; its accuracy is then not an estimate for new images")
     choose(outputs.get(state["chosen_on"]), chosen_set, bank, mix, wse_rows, setup, state)
     if not len(bank):
         common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF falls back to OSE")

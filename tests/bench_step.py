@@ -1,9 +1,12 @@
 """Cost of a training step against plain fine-tuning: python tests/bench_step.py [--model ViT-B-32] [--batch 32] ...
 
 Random weights and images; plain and method steps alternate in one run, and the ratio is of the medians. On CUDA the
-towers run in bf16; peak memory is per method there, and of the process on CPU.
+towers run in bf16. --only NAME runs one method and prints the peak memory of the process (of the GPU on CUDA).
 """
 import argparse
+import copy
+import logging
+import resource
 import statistics
 import sys
 import time
@@ -24,25 +27,28 @@ p.add_argument("--batch", type=int, default=32)
 p.add_argument("--classes", type=int, default=1000)
 p.add_argument("--steps", type=int, default=10)
 p.add_argument("--compile", action="store_true")
+p.add_argument("--only", choices=["plain", "Lipsum-FT", "DRM"])
 a = p.parse_args()
+logging.disable()  # open_clip warns of random weights
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 amp = torch.bfloat16 if device.type == "cuda" else None
 torch.manual_seed(0)
 clip = open_clip.create_model(a.model, device=device).eval()
 tokenizer = open_clip.get_tokenizer(a.model)
 W = F.normalize(torch.randn(a.classes, clip.text_projection.shape[1], device=device), dim=-1)
-new = lambda: common.ImageClassifier(open_clip.create_model(a.model, device=device).visual, W, 100.0, amp=amp)
-zero_shot = new().eval()
-losses = {"plain": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 0, 80, 8, 0),
+new = lambda: common.ImageClassifier(copy.deepcopy(clip.visual), W, 100.0, amp=amp)
+zero_shot = common.ImageClassifier(clip.visual, W, 100.0, amp=amp).eval()
+losses = {"plain": lambda model, batch: (F.cross_entropy(model(batch.images)[0], batch.labels), {}),
           "Lipsum-FT": lipsum_ft.make_loss(clip, zero_shot, tokenizer, 1.0, 80, 8, 0),
           "DRM": drm.make_loss(F.normalize(torch.randn(a.batch, W.shape[1]), dim=1), W, 100.0, "softmax", 1.0)}
-model, two_heads = new().train(), new().train()
-two_heads.head = torch.nn.Parameter(torch.cat([W, W.roll(1, 0)]), requires_grad=False)
-two_heads.visual = model.visual  # one set of tower weights and one optimizer for all
+model = new().train()
+two_heads = common.ImageClassifier(model.visual, torch.cat([W, W.roll(1, 0)]), 100.0, amp=amp).train()
+two_heads.head.requires_grad_(False)  # one set of tower weights and one optimizer for all
 runners = {"plain": model, "Lipsum-FT": model, "DRM": two_heads}
 if a.compile:
     runners = {k: torch.compile(m) for k, m in runners.items()}
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+losses = {k: f for k, f in losses.items() if a.only in (None, k)}
 seconds, memory = {k: [] for k in losses}, {}
 for step in range(-2, a.steps):  # two rounds of warm-up
     for name, loss_fn in losses.items():
@@ -61,8 +67,11 @@ for step in range(-2, a.steps):  # two rounds of warm-up
             memory[name] = torch.cuda.max_memory_allocated() / 2**30
         if step >= 0:
             seconds[name].append(time.perf_counter() - begun)
-plain = statistics.median(seconds["plain"])
+plain = statistics.median(next(iter(seconds.values())))
+if a.only and device.type == "cpu":
+    memory[a.only] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 for name, values in seconds.items():
     t = statistics.median(values)
     peak = f", peak memory {memory[name]:.2f} GiB" if memory else ""
-    print(f"{name:10} {1000 * t:9.1f} ms a step, {a.batch / t:8.1f} images/s, {t / plain:.3f} x plain{peak}")
+    ratio = "" if a.only else f", {t / plain:.3f} x plain"
+    print(f"{name:10} {1000 * t:9.1f} ms a step, {a.batch / t:8.1f} images/s{ratio}{peak}")
