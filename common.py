@@ -165,7 +165,7 @@ def parser(doc, freeze=("none", "head")):
     return p
 
 
-FREE = {"resume", "workers", "save_every", "predict", "device"}  # may change on --resume: they do not change the result
+FREE = {"resume", "workers", "save_every", "predict", "device"}  # may change on --resume; only --device moves digits
 INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit", "shots", "seed",
              "skip_bad_images"]
 
@@ -192,7 +192,7 @@ def parse(p, method, recipes, argv=None):
         run = read_json(Path(given["finetuned"]) / "args.json", "a finished run for --finetuned")
         inherited = {k: run[k] for k in INHERITED if k in run}
         for key in {"data", "holdout", "limit", "shots", "skip_bad_images"} & given.keys() & inherited.keys():
-            if given[key] != inherited[key] and (key != "data" or "holdout" not in given):
+            if given[key] != inherited[key]:
                 raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {given['finetuned']} was trained with "
                            f"{inherited[key]}; held-out images must be the same")
         if not (Path(given["finetuned"]) / "head.safetensors").is_file():
@@ -337,7 +337,6 @@ class Setup:
         if self.device.type == "cuda":
             model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores want
         return model.to(self.device).eval()
-
 
 
 def start(args, check=lambda setup: None):
@@ -539,26 +538,28 @@ def spread(dataset, n):
     return dataset.subset(sorted(order[np.argsort(turn, kind="stable")[:n]].tolist()))
 
 
+def drawn(dataset, seed, count):
+    """Sorted indices of count(n) images of each class, drawn by `seed` from the n that it has."""
+    rng, chosen = np.random.default_rng(seed), []
+    for c in dataset.labels.unique().tolist():
+        mine = np.flatnonzero(dataset.labels.numpy() == c)
+        chosen += rng.permutation(mine)[:count(len(mine))].tolist()
+    return sorted(chosen)
+
+
 def hold_out(train, share):
     """(train, val): every class gives `share` of its images, rounded; the same images in every run and method."""
-    rng, held = np.random.default_rng(0), []
-    for c in train.labels.unique().tolist():
-        mine = np.flatnonzero(train.labels.numpy() == c)
-        held += rng.permutation(mine)[:min(round(share * len(mine)), len(mine) - 1)].tolist()
-    held = sorted(held)
+    held = drawn(train, 0, lambda n: min(round(share * n), n - 1))
     kept = np.setdiff1d(np.arange(len(train)), held).tolist()
     return train.subset(kept), train.subset(held, "val")
 
 
 def few_shot(train, shots, seed):
     """`shots` images of each class, chosen by `seed`."""
-    rng, chosen = np.random.default_rng(seed), []
-    for c in train.labels.unique().tolist():
-        mine = np.flatnonzero(train.labels.numpy() == c)
-        if len(mine) < shots:
-            raise Fail(f"--shots {shots}: class {c} has only {len(mine)} training images")
-        chosen += rng.permutation(mine)[:shots].tolist()
-    return train.subset(sorted(chosen))
+    classes, sizes = train.labels.unique(return_counts=True)
+    if sizes.min() < shots:
+        raise Fail(f"--shots {shots}: class {classes[sizes.argmin()]} has only {sizes.min()} training images")
+    return train.subset(drawn(train, seed, lambda n: shots))
 
 
 def folder_data(root, args):
@@ -833,7 +834,9 @@ def cifar10_data(root, args):
         if len(images) != len(labels) * 3 * 96 * 96:
             raise Fail(f"{files[0]}: its {len(images):,} bytes are not the {len(labels):,} images of test_y.bin")
         order = {"car": 1, **{n: i for i, n in enumerate(names)}}
-        labels = np.array([order.get(n, -1) for n in own])[labels - 1]  # labels count from 1
+        if not 1 <= labels.min(initial=1) <= labels.max(initial=1) <= len(own):
+            raise Fail(f"{files[1]}: its labels are not 1 to {len(own)}, the lines of class_names.txt")
+        labels = np.array([order.get(n, -1) for n in own])[labels - 1]
         classes, kept = sorted({order[n] for n in own if n in order}), labels >= 0
         images = images.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # a channel is stored column by column
         return ImageSet(name, images[kept], np.searchsorted(classes, labels[kept]), [[c] for c in classes])
@@ -866,8 +869,12 @@ def iwildcam_data(root, args):
     root = root / "iwildcam_v2.0"
     rows = read_csv(root / "metadata.csv", "split", "filename", "y")
     table, column = ("labels.csv", "english") if (root / "labels.csv").is_file() else ("categories.csv", "name")
-    names = {int(y): name.lower() for y, name in read_csv(root / table, "y", column) if y != "99999"}
-    if sorted(names) != list(range(len(names))) or not {int(y) for _, _, y in rows} <= set(names):
+    try:
+        names = {int(y): name.lower() for y, name in read_csv(root / table, "y", column) if y != "99999"}
+        fits = sorted(names) == list(range(len(names))) and {int(y) for _, _, y in rows} <= set(names)
+    except ValueError:
+        fits = False
+    if not fits:
         raise Fail(f"{root / table}: must name the classes 0, 1, ... of metadata.csv")
 
     def split(name, key):
@@ -1109,6 +1116,11 @@ def collect_once(function, models, dataset, setup, folder):
     return result
 
 
+def train_features(model, setup, folder):
+    """Unit features (N, D) of the un-augmented training images (only fit() augments them), computed once."""
+    return collect_once(lambda x, y: {"features": model(x)[1]}, [model], setup.data.train, setup, folder)["features"]
+
+
 def evaluate(rows, setup):
     """{row: {test: metrics}} over all test sets, each streamed once.
 
@@ -1272,7 +1284,7 @@ def save_run(setup, model, out, head={}, text={}):
     visual = {f"visual.{k}": v for k, v in model.visual.state_dict().items()}
     save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **text, **visual})
     write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": setup.clip.visual.preprocess_cfg})
-    write_json(out / "args.json", {**vars(args), **({} if out == setup.out else {"part_of": str(setup.out)})})
+    write_json(out / "args.json", {**vars(args), **({} if out == setup.out else {"part_of": str(setup.out.resolve())})})
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
     save_tensors(out / "head.safetensors", {**own, **head}, {"classnames": setup.data.classnames})
 

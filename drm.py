@@ -264,8 +264,7 @@ def main():
         models["DRM"] = new_model(torch.cat([model.head, tensors["head_cd"].to(setup.device)]))
         models["DRM"].visual = model.visual
     else:
-        features_0 = common.collect_once(lambda x, y: {"features": models["zero-shot"](x)[1]}, [models["zero-shot"]],
-                                         setup.data.train, setup, setup.out)["features"]
+        features_0 = common.train_features(models["zero-shot"], setup, setup.out)
 
         def fit(lam, affinity, out):
             model, loss_fn = new_model(), make_loss(features_0, heads[C:], setup.scale, affinity, lam)

@@ -19,6 +19,7 @@ Deviations
     4. From the code: the model of the last step is kept, not the best on the test set.
     5. From the code: crops are PIL's, antialiased, after the flip; evaluation uses CLIP's resize and centre crop.
     6. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
+    7. From the code: with --augment none F_theta0(x) is computed once, not at every step; equal up to rounding.
 
 Usage
     python lipsum_ft.py                                       # the embedded data: minutes on two CPU cores
@@ -102,8 +103,11 @@ def lipsum_regularizer(v, v0):
 
 # ------------------------------------------------------ Loss ------------------------------------------------------
 
-def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed):
-    """loss_fn(model, batch) -> cross-entropy + lam R, and its parts. zero_shot: ImageClassifier with theta_0."""
+def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed, features_0=None):
+    """loss_fn(model, batch) -> cross-entropy + lam R, and its parts. zero_shot: ImageClassifier with theta_0.
+
+    features_0 (N, D): F_theta0(x) of all training images, looked up by index; None computes them for every batch.
+    """
     s, device = zero_shot.scale, zero_shot.head.device
 
     def loss_fn(model, batch):
@@ -115,8 +119,8 @@ def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed):
             rng = torch.Generator().manual_seed(hash((seed, batch.step)) & 0xFFFFFFFF)  # equal on all ranks
             t = random_tokens(texts, text_length, tokenizer.sot_token_id, tokenizer.eot_token_id, rng)
             g = encode_tokens(clip_model, t.to(device))                      # G(t) (M, D)
-            features_0 = zero_shot(batch.images)[1]                          # F_theta0(x) (B, D)
-        v, v0 = s * features @ g.T, s * features_0 @ g.T                     # times s: deviation 1; (B, M)
+            f0 = zero_shot(batch.images)[1] if features_0 is None else features_0[batch.index].to(device)  # (B, D)
+        v, v0 = s * features @ g.T, s * f0 @ g.T                             # times s: deviation 1; (B, M)
         r = lipsum_regularizer(v, v0)
         return ce + lam * r, {"ce": ce, "lipsum": r}
 
@@ -140,7 +144,10 @@ def main():
     rows = {"zero-shot": zero_shot}
 
     def fit(lam, out):
-        loss_fn = make_loss(setup.clip, zero_shot, setup.tokenizer, lam, args.texts, args.text_length, args.seed)
+        once = args.augment == "none" and lam > 0  # the teacher sees the same images in every epoch
+        loss_fn = make_loss(setup.clip, torch.compile(zero_shot) if args.compile else zero_shot, setup.tokenizer, lam,
+                            args.texts, args.text_length, args.seed,
+                            common.train_features(zero_shot, setup, setup.out) if once else None)
         model = setup.fit(setup.classifier(), loss_fn, out)
         common.save_run(setup, model, out)
         return model

@@ -96,9 +96,8 @@ def fine_tune(setup, out):
         return theta_0, theta_1
     head_only = copy.deepcopy(theta_0)
     head_only.visual, head_only.amp = torch.nn.Identity(), None
-    features = common.collect_once(lambda x, y: {"features": theta_0(x)[1]}, [theta_0], setup.data.train, setup, out)
-    common.train(head_only, common.ImageSet("train", features["features"], setup.data.train.labels), make_loss(),
-                 setup.args, out, setup.out)
+    features = common.ImageSet("train", common.train_features(theta_0, setup, out), setup.data.train.labels)
+    common.train(head_only, features, make_loss(), setup.args, out, setup.out)
     theta_1 = copy.deepcopy(theta_0)
     theta_1.load_state_dict({**theta_0.state_dict(), **head_only.state_dict()})
     common.save_run(setup, theta_1, out)

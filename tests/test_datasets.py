@@ -340,6 +340,8 @@ def test_wrong_cifar_trees(cifar):
     shutil.rmtree(root / "CIFAR-10.1")
     (root / "stl10_binary/test_y.bin").write_bytes(b"\1\2\3")
     assert "276,480 bytes are not the 3 images of test_y.bin" in bad()
+    (root / "stl10_binary/test_y.bin").write_bytes(bytes(range(10)))
+    assert "test_y.bin: its labels are not 1 to 10" in bad()
     (root / "cifar-10-batches-py/cifar-10-batches-py").mkdir()
     for p in (root / "cifar-10-batches-py").glob("*_*"):
         p.rename(root / "cifar-10-batches-py/cifar-10-batches-py" / p.name)
@@ -388,6 +390,8 @@ def test_wrong_iwildcam_trees(iwildcam):
     (root / "metadata.csv").write_text(good.replace("7,test,5,im-7.jpg,1", "7,test"))
     assert "metadata.csv: line 9 has fewer values" in bad()
     (root / "metadata.csv").write_text(good.replace("im-7.jpg,1", "im-7.jpg,3"))
+    assert "categories.csv: must name the classes 0, 1, ... of metadata.csv" in bad()
+    (root / "metadata.csv").write_text(good.replace("im-7.jpg,1", "im-7.jpg,puma"))
     assert "categories.csv: must name the classes 0, 1, ... of metadata.csv" in bad()
     (root / "metadata.csv").write_text(good.replace("id_val", "seq"))
     assert "metadata.csv: lists no image for val" in bad()

@@ -61,7 +61,7 @@ def test_at_theta_0_the_regularizer_and_its_gradient_vanish(tiny_vit):
     tokenizer = open_clip.get_tokenizer(tiny_vit)
     head = common.zero_shot_head(clip, tokenizer, ["a", "b", "c"], ["a photo of a {}"])
     models = [common.ImageClassifier(open_clip.create_model(tiny_vit).eval().visual, head, 100.0) for _ in range(2)]
-    batch = common.Batch(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), torch.arange(4), 3)
+    batch = common.Batch(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), torch.tensor([3, 0, 5, 1]), 3)
     loss, parts = lipsum_ft.make_loss(clip, models[0], tokenizer, 1.0, 80, 8, 0)(models[1], batch)
     assert parts["lipsum"].item() < 1e-9 and loss.item() == pytest.approx(parts["ce"].item())
     norms = [sum(g.square().sum() for g in torch.autograd.grad(part, list(models[1].visual.parameters()),
@@ -71,7 +71,12 @@ def test_at_theta_0_the_regularizer_and_its_gradient_vanish(tiny_vit):
     assert all(p.grad is None for p in [*models[0].parameters(), *clip.parameters()])
     with torch.no_grad():
         models[1].visual.proj.mul_(1 + 0.1 * torch.rand_like(models[1].visual.proj))
-    assert lipsum_ft.make_loss(clip, models[0], tokenizer, 1.0, 80, 8, 0)(models[1], batch)[1]["lipsum"].item() > 1e-3
+    moved = lipsum_ft.make_loss(clip, models[0], tokenizer, 1.0, 80, 8, 0)(models[1], batch)[0].item()
+    assert moved > loss.item() + 1e-3
+    features_0 = torch.zeros(6, 32)  # of the whole training set: image 3 is the batch's first
+    features_0[batch.index] = models[0](batch.images)[1].detach()
+    known = lipsum_ft.make_loss(clip, models[0], tokenizer, 1.0, 80, 8, 0, features_0)
+    assert known(models[1], batch)[0].item() == pytest.approx(moved, rel=1e-5)
 
 
 def test_killed_run_resumes_bit_for_bit(tmp_path, tiny_vit):
