@@ -39,7 +39,7 @@ def test_calibration_error_against_a_loop():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4) * 0.5, size=500)
     probs[0] = [1, 0, 0, 0]
-    labels = rng.integers(4, size=500)
+    labels = np.where(probs.max(1) < 0.6, probs.argmax(1), rng.integers(4, size=500))  # gaps of both signs
     want = 0.0
     for b in range(15):
         inside = [i for i in range(500) if b / 15 < probs[i].max() <= (b + 1) / 15]
@@ -48,6 +48,8 @@ def test_calibration_error_against_a_loop():
             confidence = sum(probs[i].max() for i in inside) / len(inside)
             want += len(inside) / 500 * abs(accuracy - confidence)
     assert common.expected_calibration_error(torch.tensor(probs), torch.tensor(labels)) == pytest.approx(want, abs=1e-9)
+    border = common.calibration_error(torch.tensor([0.5, 0.9]), torch.tensor([True, False]), bins=2)
+    assert border == pytest.approx((0.5 + 0.9) / 2)  # 0.5 belongs to the lower bin
     sure = torch.tensor([[0.75, 0.25]] * 4)  # three of four right at confidence 0.75
     assert common.expected_calibration_error(sure, torch.tensor([0, 0, 0, 1])) == 0
 
