@@ -33,6 +33,7 @@ Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not ru
 """
 import argparse
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -231,6 +232,31 @@ keys are exactly these class names and whose values are the descriptions, and no
 
 # ------------------------------------------------------ main ------------------------------------------------------
 
+def new_model(setup, heads):
+    """The zero-shot tower under both frozen heads, W_df over W_cd (2C, D)."""
+    model = setup.classifier(head=heads)
+    model.head.requires_grad_(False)
+    return model
+
+
+def fine_tune(setup, heads, texts, features_0, lam, affinity, out):
+    """Train with lambda and leave the df head's model in `out`, the cd head beside it. Returns the two-head model."""
+    C, text = len(heads) // 2, {}
+    model, loss_fn = new_model(setup, heads), make_loss(features_0, heads[C:], setup.scale, affinity, lam)
+    if setup.args.tune_text:
+        tuned = TunedText(model, setup.clip, texts)
+        setup.fit(tuned, loss_fn, out)
+        with torch.no_grad():
+            model.head.copy_(tuned.heads())
+        text = {k: v for k, v in tuned.clip.state_dict().items() if not k.startswith("visual.")}
+    else:
+        setup.fit(model, loss_fn, out)
+    df = setup.classifier(head=model.head[:C])
+    df.visual = model.visual
+    common.save_run(setup, df, out, head={"head_cd": model.head[C:]}, text=text)
+    return model
+
+
 def main():
     args = get_args()
     if args.prompt.count("{}") != 1:
@@ -246,42 +272,19 @@ def main():
                 for texts, source in ((prompts, "--prompt"), (read, "descriptions"))]
     setup = common.start(args, check)
     texts = [(tokens.to(setup.device), owner.to(setup.device)) for tokens, owner in setup.checked]
-    C = len(setup.data.classnames)
     with torch.no_grad():
-        heads = torch.cat([text_head(setup.clip, *t, C) for t in texts])      # W_df over W_cd, (2C, D)
-
-    def new_model(w=heads):
-        model = setup.classifier(head=w)
-        model.head.requires_grad_(False)
-        return model
-
-    models = {"zero-shot": new_model()}
+        heads = torch.cat([text_head(setup.clip, *t, len(setup.data.classnames)) for t in texts])  # (2C, D)
+    models = {"zero-shot": new_model(setup, heads)}
     if args.finetuned != "none":
         tensors, _ = common.load_tensors(Path(args.finetuned) / "head.safetensors")
         if "head_cd" not in tensors:
             raise common.Fail(f"--finetuned {args.finetuned}: not a run of drm.py, its head has no cd part")
         model = setup.finetuned[1]
-        models["DRM"] = new_model(torch.cat([model.head, tensors["head_cd"].to(setup.device)]))
+        models["DRM"] = new_model(setup, torch.cat([model.head, tensors["head_cd"].to(setup.device)]))
         models["DRM"].visual = model.visual
     else:
         features_0 = common.train_features(models["zero-shot"], setup, setup.out)
-
-        def fit(lam, affinity, out):
-            model, loss_fn = new_model(), make_loss(features_0, heads[C:], setup.scale, affinity, lam)
-            if args.tune_text:
-                tuned = TunedText(model, setup.clip, texts)
-                setup.fit(tuned, loss_fn, out)
-                with torch.no_grad():
-                    model.head.copy_(tuned.heads())
-                text = {k: v for k, v in tuned.clip.state_dict().items() if not k.startswith("visual.")}
-            else:
-                setup.fit(model, loss_fn, out)
-                text = {}
-            df = setup.classifier(head=model.head[:C])
-            df.visual = model.visual
-            common.save_run(setup, df, out, head={"head_cd": model.head[C:]}, text=text)
-            return model
-
+        fit = functools.partial(fine_tune, setup, heads, texts, features_0)
         if args.baseline and args.lam:
             models["ERM"] = fit(0, args.affinity, setup.out / "erm")
         models["DRM" if args.lam else "ERM"] = fit(args.lam, args.affinity, setup.out)

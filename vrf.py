@@ -35,7 +35,9 @@ Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on Image
     zero-shot 68.3/58.4, fine-tuned 81.3/53.7, WSE 82.5/60.6, OSE 82.2/60.2, VRF 82.3/61.8.
 """
 import argparse
+import contextlib
 import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -351,7 +353,8 @@ def predict_folder(args):
     paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in common.IMG_EXTENSIONS)
     if not paths:
         raise common.Fail(f"--predict {root}: no folder with images in it")
-    setup = common.start(args)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the lines alone
+        setup = common.start(args)
     zero_shot, fine_tuned = common.load_run(state["finetuned"], setup)
     images = common.ImageSet("predict", paths, np.zeros(len(paths)))
     images.transform = setup.data.val.transform

@@ -73,7 +73,7 @@ def test_a_method_imports_common_and_packages_only_and_its_equations_stand_alone
     tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
     imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert imported <= {"argparse", "copy", "json", "warnings", "pathlib", "numpy", "torch", "common"}, imported
+    assert imported <= {"argparse", "contextlib", "copy", "functools", "json", "sys", "warnings", "pathlib", "numpy", "torch", "common"}, imported
     for n in tree.body:  # "copy a function": no equation needs common.py, args or a device
         if isinstance(n, ast.FunctionDef) and n.name in section(module, "Equations"):
             names = {x.id for x in ast.walk(n) if isinstance(x, ast.Name)}
