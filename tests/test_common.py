@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 import common
 import lipsum_ft
@@ -87,6 +88,27 @@ def test_stream_is_epochs_end_to_end_whatever_the_split(monkeypatch):
     assert whole == batches(10, 2, 2, 2) == batches(10, 4, 2, 1) and whole[2:] == batches(10, 8, 1, 1, first=2)
     seen = [i for b in whole for i in b]
     assert len(seen) == 48 and all(sorted(i for e, i in seen if e == epoch) == list(range(10)) for epoch in range(4))
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone():
+    pixels = np.random.default_rng(0).integers(256, size=(4, 40, 40, 3), dtype=np.uint8)
+    pixels[1:] = pixels[0]  # four times the same image
+    draws = common.ImageSet("train", pixels, [0] * 4).augmented("crop-flip", open_clip.transform.PreprocessCfg(size=32), 5)
+    x = draws[(2, 1)][0]
+    torch.rand(7)  # what others draw does not matter, and is not disturbed
+    state = torch.get_rng_state()
+    assert torch.equal(draws[(2, 1)][0], x) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(draws[(3, 1)][0], x) and not torch.equal(draws[(2, 3)][0], x)
+    draws.seed = 6
+    assert not torch.equal(draws[(2, 1)][0], x)
+
+
+def test_log_goes_on_where_the_checkpoint_does(tmp_path):
+    lines = [json.dumps({"step": i}) for i in range(5)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')  # a line cut off by a kill
+    with common.open_log(tmp_path / "log.jsonl", 3) as log:
+        log.write("next\n")
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == [*lines[:3], "next"]
 
 
 def test_holdout_and_shots_are_balanced_and_disjoint():
@@ -171,7 +193,10 @@ def test_wrong_trees_are_named(tmp_path, tree):
     (tree / "shifts" / "dark" / "unknown").rmdir()
     bad = tree / "shifts" / "dark" / "red_square" / "000.jpg"
     good = bad.read_bytes()
-    bad.write_bytes(good[:len(good) // 2])  # a truncated JPEG
+    bad.write_bytes(good[:len(good) // 2])  # cut off in the header
+    assert str(bad) in complaint()
+    Image.effect_noise((300, 300), 50).save(bad)
+    bad.write_bytes(bad.read_bytes()[:-2000])  # cut off in the pixels
     assert str(bad) in complaint()
     bad.write_text("<html>404</html>")
     assert str(bad) in complaint() and "--skip-bad-images" in complaint()

@@ -71,12 +71,12 @@ def test_at_theta_0_the_regularizer_and_its_gradient_vanish(tiny_vit):
     assert all(p.grad is None for p in [*models[0].parameters(), *clip.parameters()])
     with torch.no_grad():
         models[1].visual.proj.mul_(1 + 0.1 * torch.rand_like(models[1].visual.proj))
-    moved = lipsum_ft.make_loss(clip, models[0], tokenizer, 1.0, 80, 8, 0)(models[1], batch)[0].item()
-    assert moved > loss.item() + 1e-3
+    total, parts = lipsum_ft.make_loss(clip, models[0], tokenizer, 2.0, 80, 8, 0)(models[1], batch)
+    assert parts["lipsum"] > 1e-3 and total.item() == pytest.approx(parts["ce"].item() + 2 * parts["lipsum"].item())
     features_0 = torch.zeros(6, 32)  # of the whole training set: image 3 is the batch's first
     features_0[batch.index] = models[0](batch.images)[1].detach()
-    known = lipsum_ft.make_loss(clip, models[0], tokenizer, 1.0, 80, 8, 0, features_0)
-    assert known(models[1], batch)[0].item() == pytest.approx(moved, rel=1e-5)
+    known = lipsum_ft.make_loss(clip, models[0], tokenizer, 2.0, 80, 8, 0, features_0)
+    assert known(models[1], batch)[0].item() == pytest.approx(total.item(), rel=1e-5)
 
 
 def test_killed_run_resumes_bit_for_bit(tmp_path, tiny_vit):

@@ -5,6 +5,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import vrf
@@ -86,6 +87,24 @@ def test_sweep_prefers_the_zero_shot_model_within_the_tolerance():
     assert 0.4 <= a <= 0.6 and vrf.accuracy(mix(vrf.ft_weight(d, a, b)), labels) == 100
     same = vrf.sweep_weight(lambda w: vrf.ensemble(zs, zs, w), torch.full((100,), 0.3), labels, 0)  # all distances equal
     assert all(math.isfinite(x) and x > 0 for x in same)
+    rng = np.random.default_rng(3)  # all near, as held-out images are: the tolerance decides
+    d, y = torch.tensor(rng.uniform(0, 1, 400)), torch.tensor(rng.integers(3, size=400))
+    zs, ft = (torch.tensor(rng.normal(size=(400, 3))) + gain * F.one_hot(y, 3) for gain in (1, 3))
+    mix, chosen = lambda w: vrf.ensemble(zs, ft, w), []
+    for tolerance in (0, 3):
+        tried = []
+        for a in np.quantile(d, np.linspace(0, 1, 21)):
+            for b in np.array([0.25, 0.5, 1, 2]) * d.std().item():
+                omega = 1 / (1 + np.exp((d.numpy() - a) / b))
+                p = omega[:, None] * ft.softmax(1).numpy() + (1 - omega[:, None]) * zs.softmax(1).numpy()
+                tried.append((100 * (p.argmax(1) == y.numpy()).mean(), omega.mean(), a, b))
+        near = [t for t in tried if t[0] >= max(tried)[0] - tolerance]
+        chosen.append(vrf.sweep_weight(mix, d, y, tolerance))
+        assert chosen[-1] == pytest.approx(min(near, key=lambda t: t[1])[2:])
+    assert chosen[0] != chosen[1]
+
+
+NAMES = {"blue_square": "sky", "green_square": "grass", "red_square": "blood"}  # zero-shot gets the blue ones right
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +112,7 @@ def finished(tmp_path_factory, request):
     """A tree, a plain fine-tuned run and a VRF run on it."""
     tmp = tmp_path_factory.mktemp("vrf")
     tree, model = write_tree(tmp / "tree"), request.getfixturevalue("tiny_vit")
+    (tree / "classnames.txt").write_text("".join(f"{folder}\t{name}\n" for folder, name in NAMES.items()))
     run("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", model, "--steps", 25, "--lr", 1e-3, "--out", "ft",
         "--batch-size", 16, "--alphas", 1, "--alpha", 1, cwd=tmp)
     return tmp, tree, run("vrf.py", "--finetuned", "ft", "--out", "v", cwd=tmp)
@@ -106,11 +126,19 @@ def test_script_rows_figures_and_predictions(finished):
         assert (tmp / "v" / name).stat().st_size > 10_000
     state = common.read_json(tmp / "v" / "vrf.json", "")
     bank = common.load_tensors(tmp / "v" / "vrf.safetensors")[0]["bank"]
-    assert len(bank) == state["failures"] > 0 and state["chosen_on"] == "held-out"
+    args = common.parse(common.parser(""), "vrf", vrf.RECIPES, ["--finetuned", str(tmp / "ft"), "--out", str(tmp / "x")])
+    setup = common.start(args)
+    failures = []
+    with torch.no_grad():
+        for x, y, _ in setup.data.train:
+            zs, (ft, v) = setup.finetuned[0](x[None])[0], setup.finetuned[1](x[None])
+            failures += [v[0]] * (ft.argmax().item() == y != zs.argmax().item())
+    assert 0 < len(failures) < len(setup.data.train) and (torch.stack(failures) - bank).abs().max() <= 1e-5
+    assert len(bank) == state["failures"] and state["chosen_on"] == "held-out"
     done = subprocess.run(command("vrf.py", "--resume", "v", "--predict", tree / "test"), cwd=tmp, capture_output=True, text=True)
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert len(lines) == 30 and done.returncode == 0, done.stderr
-    right = sum(path.split("/")[-2].replace("_", " ") == name for path, name, *_ in lines)
+    right = sum(NAMES[path.split("/")[-2]] == name for path, name, *_ in lines)
     assert 100 * right / 30 == pytest.approx(rows["VRF"]["id"])
     d, w = (np.array([float(x[i]) for x in lines]) for i in (3, 4))
     assert np.abs(w - 1 / (1 + np.exp((d - state["a"]) / state["b"]))).max() < 2e-3

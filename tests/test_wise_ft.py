@@ -72,7 +72,8 @@ def test_all_alphas_equal_models_loaded_one_by_one(tower, request):
         for name, model in (("zero-shot", theta_0), ("WiSE-FT 0.5", middle), ("fine-tuned", theta_1)):
             assert (rows[name] - model(x)[0]).abs().max() <= 1e-5
         assert (rows["WiSE-FT 0.5"] - rows["fine-tuned"]).abs().max() > 1e-3
-        assert (common.merged(theta_0, theta_1, 0.5)(x)[0] - middle(x)[0]).abs().max() <= 1e-6
+        middle.load_state_dict(wise_ft.interpolate(theta_0.state_dict(), theta_1.state_dict(), 0.3))
+        assert (common.merged(theta_0, theta_1, 0.3)(x)[0] - middle(x)[0]).abs().max() <= 1e-6
 
 
 def test_eleven_alphas_decode_each_image_once(tmp_path, tiny_vit, monkeypatch):
@@ -101,10 +102,12 @@ def test_script_selects_saves_and_draws(tmp_path, tiny_vit, freeze):
     tree = write_tree(tmp_path / "tree")
     results = run("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--freeze", freeze, "--steps",
                   20, "--lr", 1e-2 if freeze == "encoder" else 1e-3, "--select", "--shots", 8, "--out", "w", "--alphas", 0.25,
-                  0.75, "--batch-size", 8, cwd=tmp_path)
+                  0.5, 0.75, "--alpha", 0, "--batch-size", 8, cwd=tmp_path)
     names = [r["name"] for r in results["rows"]]
     assert names == ["zero-shot", "WiSE-FT 0.25", "WiSE-FT 0.5", "WiSE-FT 0.75", "fine-tuned"]
     assert results["selected"]["alpha"] == results["saved_alpha"] and len(results["selected"]["held_out_accuracy"]) == 5
+    accuracy = results["selected"]["held_out_accuracy"]
+    assert accuracy[f"{results['saved_alpha']:g}"] == max(accuracy.values()) > accuracy["0"]
     assert (tmp_path / "w" / "curve.png").stat().st_size > 10_000
     rows = {r["name"]: r["tests"] for r in results["rows"]}
     again = run("wise_ft.py", "--finetuned", "w", "--alphas", 1, "--out", "again", cwd=tmp_path)
