@@ -126,7 +126,7 @@ def parser(doc, freeze=("none", "head")):
     p = Parser(doc)
     p.add("--data", "shapes", "data set: " + ", ".join(DATA))
     p.add("--data-dir", "~/data", "folder that holds the data set")
-    p.add("--model", RECIPE, "open_clip model name, hf-hub:ORG/NAME or local-dir:PATH")
+    p.add("--model", "ViT-B-16-quickgelu", "open_clip model name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
     p.add("--pretrained", "openai", "open_clip tag or weights file of a named model")
     p.add("--epochs", RECIPE, "passes over the training images", type=number(float, above=0))
     p.add("--steps", RECIPE, "optimiser steps, instead of --epochs", type=number(int, 1))
@@ -141,8 +141,8 @@ def parser(doc, freeze=("none", "head")):
     if freeze:
         p.add("--freeze", "none", "part that is not trained", choices=freeze)
     p.add("--shots", 0, "train on K images of each class; 0 is all", type=number(int, 0))
-    p.add("--holdout", RECIPE, "share of the training images held out if the data has no validation split",
-          type=number(float, 0, 0.9))
+    p.add("--holdout", 0.1, "share of the training images held out if the data has no validation split, for choices of "
+          "this or a later run; recipes differ", type=number(float, 0, 0.9))
     p.add("--limit", 0, "images kept of each split, spread over its classes, for a quick run; 0 is all",
           type=number(int, 0))
     p.add("--skip-bad-images", False, "check all images first and leave broken ones out, counted and listed",
@@ -173,8 +173,9 @@ INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdou
 def parse(p, method, recipes, argv=None):
     """Flags -> Namespace: given flags over those of --resume / --finetuned over the recipe over the defaults."""
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-    for key in {"data_dir", "finetuned", "descriptions"} & given.keys() - {k for k in given if given[k] == "none"}:
-        given[key] = str(Path(given[key]).expanduser().resolve())  # a run can be found again from any folder
+    for key in ("data_dir", "finetuned", "descriptions", "pretrained"):  # a run can be found again from any folder
+        if given.get(key, "none") != "none" and (key != "pretrained" or Path(given[key]).is_file()):
+            given[key] = str(Path(given[key]).expanduser().resolve())
     if given.get("model", "").startswith("local-dir:"):
         given["model"] = f"local-dir:{Path(given['model'][10:]).expanduser().resolve()}"
     stored, inherited = {}, {}
@@ -191,10 +192,14 @@ def parse(p, method, recipes, argv=None):
     elif "finetuned" in given:
         run = read_json(Path(given["finetuned"]) / "args.json", "a finished run for --finetuned")
         inherited = {k: run[k] for k in INHERITED if k in run}
-        for key in {"data", "holdout", "limit", "shots", "skip_bad_images"} & given.keys() & inherited.keys():
+        same = {**dict.fromkeys(("data", "holdout", "limit", "shots", "skip_bad_images"), "held-out images"),
+                **dict.fromkeys(("pretrained", "pretrain_seed"), "the zero-shot model"),
+                **({"seed": "the --shots images"} if inherited.get("shots") else {}),
+                **({} if "local-dir:" in given.get("model", "") else {"model": "the zero-shot model"})}  # may have moved
+        for key in same.keys() & given.keys() & inherited.keys():
             if given[key] != inherited[key]:
                 raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {given['finetuned']} was trained with "
-                           f"{inherited[key]}; held-out images must be the same")
+                           f"{inherited[key]}; {same[key]} must be the same")
         if not (Path(given["finetuned"]) / "head.safetensors").is_file():
             raise Fail(f"--finetuned {given['finetuned']}: no model there (head.safetensors): the run is not finished, "
                        "or it is one of vrf.py, which keeps its model in the subfolder fine-tuned")
@@ -204,8 +209,8 @@ def parse(p, method, recipes, argv=None):
     if "steps" in given and "epochs" in given:
         raise Fail("--steps and --epochs exclude each other: give one")
     length = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
-    args = {**p.defaults, "model": "ViT-B-16-quickgelu", "holdout": 0.1, "steps": None, "epochs": None,
-            **recipes[data], **inherited, **length, **stored, **given, "method": method}
+    args = {**p.defaults, "steps": None, "epochs": None, **recipes[data], **inherited, **length, **stored, **given,
+            "method": method}
     return argparse.Namespace(**args)
 
 
@@ -593,7 +598,7 @@ def folder_data(root, args):
         return ImageSet(name, [s[0] for s in samples], [s[1] for s in samples])
 
     shifts = subfolders(root / "shifts") if (root / "shifts").is_dir() else []
-    for taken in {"train", "val", "test"} & set(shifts):
+    for taken in {"train", "val", "held-out", "test"} & set(shifts):
         raise Fail(f"{root / 'shifts' / taken}: a shift cannot have that name; rename the folder")
     tests = {"test": read(root / "test", "test"), **{s: read(root / "shifts" / s, s) for s in shifts}}
     val = read(root / "val", "val") if (root / "val").is_dir() else None
@@ -728,7 +733,8 @@ def objectnet(name, path):
 
 
 def domainnet_data(root, args):
-    """DomainNet: domainnet/DOMAIN_{train,test}.txt, lines 'DOMAIN/CLASS/FILE LABEL'; domainnet/DOMAIN/CLASS/*."""
+    """DomainNet: domainnet/DOMAIN_{train,test}.txt, lines 'DOMAIN/CLASS/FILE LABEL'; domainnet/DOMAIN/CLASS/*. Class
+    names keep their underscores, as in Lipsum-FT's prompts."""
     root, folders = root / "domainnet", {}  # label -> CLASS, as in real_train.txt
 
     def read(name, path, split="test"):
@@ -750,8 +756,8 @@ def domainnet_data(root, args):
     shifts = on_disk(root, {domain: (domain, read) for domain in ("painting", "clipart", "infograph", "sketch")})
     if sorted(folders) != list(range(len(folders))):
         raise Fail(f"{root / 'real_train.txt'}: its {len(folders)} labels are not 0 to {len(folders) - 1}")
-    names = [folders[i].replace("_", " ") for i in sorted(folders)]
-    return Data(names, list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None, {"real": test, **shifts})
+    return Data([folders[i] for i in sorted(folders)], list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None,
+                {"real": test, **shifts})
 
 
 class Pickled:
@@ -1447,7 +1453,7 @@ def prefer(rng, preferred, probability):
 
 
 def captions(rng, labels, styles, colours, backgrounds, named):
-    """One caption an image, as a web crawl would have it: often the wrong name, never a wrong description."""
+    """One caption an image, as a web crawl would have it: often the look-alike's name, rarely of another class."""
     names, texts = list(SHAPES), []
     for c, style, colour, background, name in zip(labels, styles, colours, backgrounds, named):
         style = "photo" if rng.random() < 0.15 else STYLES[style]
@@ -1479,7 +1485,7 @@ def shapes_data(root, args):
 @functools.cache
 def shapes_clip(seed):
     """Folder of the tiny CLIP for --data shapes: pre-trained once a seed, then kept in the user's cache directory."""
-    source = inspect.getsource(sys.modules[__name__]).split("the embedded world")[1]  # of all that it depends on
+    source = inspect.getsource(sys.modules[__name__]).split("the embedded world", 1)[1] + inspect.getsource(learning_rate)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shapes-clip"
     path = cache / f"s{seed}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
     if RANK == 0 and not path.is_dir():

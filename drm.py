@@ -28,6 +28,7 @@ Usage
     python drm.py                                                                # the embedded data
     python drm.py --data folder --data-dir MY_IMAGES --descriptions MINE.json    # or MY_IMAGES/descriptions.json
     python drm.py --data folder --data-dir MY_IMAGES --print-prompt              # ask any LLM for the descriptions
+    python drm.py --data imagenet --descriptions DRM/prompts/imagenet_cd.json    # DRM: the authors' repository
 Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not run by us): ImageNet 82.05, V2 73.43,
     R 77.82, A 53.53, Sketch 52.48; iWildCam macro-F1 .5353 ID / .4049 OOD; FMoW .6857 ID / .4566 worst region OOD.
 """
@@ -113,14 +114,14 @@ def descriptions(raw, classnames, source):
     """A list of texts for each class, from any of the three released shapes; `raw` as parsed with pairs in order.
 
     {index: text}, or {class: text or [texts]} joined by name. ImageNet has two classes "missile" and two "sunglasses":
-    where names are not unique the join is by position, and the keys that differ from the class name are told.
+    where names are not unique the join is by position, and the keys that differ from the class name are printed.
     """
     if not isinstance(raw, list) or not all(isinstance(pair, tuple) for pair in raw):
         raise common.Fail(f"{source}: expected a JSON object of class names or indices with a text or a list of texts")
     keys, C = [k for k, _ in raw], len(classnames)
     if len(raw) != C:
         raise common.Fail(f"{source}: {len(raw)} descriptions for {C} classes")
-    if sorted(keys) == sorted(map(str, range(C))):
+    if sorted(keys) == sorted(map(str, range(C))) != sorted(classnames):  # names that are numbers are still names
         found = {int(k): v for k, v in raw}
         values = [found[i] for i in range(C)]
     elif len(set(classnames)) == C and len(set(keys)) == C:
@@ -197,8 +198,11 @@ class TunedText(nn.Module):
 def make_loss(features_0, w_cd, scale, affinity, lam):
     """loss_fn(model, batch) -> drm_loss and its parts. features_0 (N, D): F_0 of the un-augmented training images,
     looked up by index; p_c is made of a batch's rows, since N x C of it would be 5 GB for ImageNet."""
-    chunks = [f.to(w_cd.device) @ w_cd.T for f in features_0.split(65_536)] if affinity == "minmax" else []
-    span = tuple(f(torch.stack([f(a, 0) for a in chunks]), 0) for f in (torch.amin, torch.amax)) if chunks else None
+    span = None
+    if affinity == "minmax":
+        affinities = (f.to(w_cd.device) @ w_cd.T for f in features_0.split(65_536))  # a part at a time
+        low, high = zip(*((A.amin(0), A.amax(0)) for A in affinities))
+        span = torch.stack(low).amin(0), torch.stack(high).amax(0)
 
     def loss_fn(model, batch):
         logits_df, logits_cd = model(batch.images)[0].chunk(2, dim=1)         # (B, C) each
@@ -217,7 +221,7 @@ def two_head_rows(models, beta):
         found = {}
         for name, model in models.items():
             df, cd = (project(z) for z in model(images)[0].chunk(2, dim=1))
-            found |= {f"{name} df": df, f"{name} cd": cd, f"{name} mixture": mixture(df, cd, beta).log()}
+            found |= {f"{name} df": df, f"{name} cd": cd, f"{name} mixture": mixture(df, cd, beta).clamp_min(1e-30).log()}
         return found
     return rows
 
@@ -251,7 +255,7 @@ def fine_tune(setup, heads, texts, features_0, lam, affinity, out):
         text = {k: v for k, v in tuned.clip.state_dict().items() if not k.startswith("visual.")}
     else:
         setup.fit(model, loss_fn, out)
-    df = setup.classifier(head=model.head[:C])
+    df = setup.classifier(head=model.head[:C], own=False)
     df.visual = model.visual
     common.save_run(setup, df, out, head={"head_cd": model.head[C:]}, text=text)
     return model
@@ -262,7 +266,7 @@ def main():
     if args.prompt.count("{}") != 1:
         raise common.Fail(f"--prompt '{args.prompt}': must hold {{}} once, where the class name goes")
     if args.print_prompt:
-        return print(REQUEST + json.dumps(common.load_data(args).classnames, indent=1))
+        return print(REQUEST + json.dumps(common.load_data(args).classnames, indent=1, ensure_ascii=False))
 
     def check(setup):
         """The texts of both heads as tokens."""

@@ -1,6 +1,6 @@
 """Lipsum-FT: robust fine-tuning of zero-shot models using random text guidance (arXiv 2404.00860, ICLR 2024).
 
-Fine-tuning changes what the image tower says about *any* text, not only about the class names. Lipsum-FT measures that
+Fine-tuning changes how the image tower scores *any* text, not only the class names. Lipsum-FT measures that
 change on random token sequences and penalises it.
 
 Equations (numbers of the OpenReview version)
@@ -15,7 +15,8 @@ Symbols: F image tower, theta its weights (theta0: zero-shot), G frozen text tow
 Deviations
     1. From the paper, with the official code: v carries the factor s, so lambda = 1 means s^2 = 10^4 on raw cosines.
     2. From the code: warm-up starts at lr / warm-up steps, not at 0.
-    3. From the code: weights and moments are fp32 and the towers run in mixed precision; there the model is bf16.
+    3. From the code: both of Adam's moments are fp32, and the projections run in the towers' precision; there the
+       first moment is bf16 (mu_dtype) and the projections are fp32.
     4. From the code: the model of the last step is kept, not the best on the test set.
     5. From the code: crops are PIL's, antialiased, after the flip; evaluation uses CLIP's resize and centre crop.
     6. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
@@ -29,6 +30,7 @@ Expected result: README.md, "Results"; ImageNet with ViT-B/16 in the authors' lo
     V2 73.6, R 75.9, A 49.9, Sketch 51.5.
 """
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +58,9 @@ def get_args():
     p.add("--text-length", 8, "L, random tokens a text (paper: 8)", type=common.number(int, 1))
     p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha Lipsum-FT weights, as WiSE-FT does",
           type=common.number(low=0, high=1))
-    p.add("--baseline", common.RECIPE, "also train without the regulariser", action=argparse.BooleanOptionalAction)
-    return common.parse(p, "lipsum_ft", {k: {"baseline": False, **r} for k, r in RECIPES.items()})
+    p.add("--baseline", False, "also train without the regulariser; on for shapes",
+          action=argparse.BooleanOptionalAction)
+    return common.parse(p, "lipsum_ft", RECIPES)
 
 
 # ---------------------------------------------------- Equations ----------------------------------------------------
@@ -153,7 +156,9 @@ def main():
         return model
 
     if args.finetuned != "none":
-        zero_shot, rows["Lipsum-FT"] = rows["zero-shot"], _ = setup.finetuned
+        run = common.read_json(Path(args.finetuned) / "args.json", "a finished run")
+        zero_shot, tuned = setup.finetuned
+        rows = {"zero-shot": zero_shot, "Lipsum-FT" if run.get("lam") and run["method"] == "lipsum_ft" else "fine-tuned": tuned}
     else:
         if args.baseline and args.lam:
             rows["fine-tuned"] = fit(0, setup.out / "fine-tuned")

@@ -15,16 +15,19 @@ Symbols: f_zs, f_ft logits and p_zs, p_ft probabilities of the two models; v uni
 
 Deviations (released code: knn_distance.py, models/calibration.py, main.py, baselines.py)
     1. From the paper, with the code: d is squared (faiss IndexFlatL2), to which a = 1.5, b = 0.6 belong; --distance l2.
-    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule paper. From both:
-       k is kept within [1, |V|], and where V is empty VRF is OSE, with a warning.
+    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule paper, the default
+       for shapes and folder, where the code's k would be near |V|. From both: k is kept within [1, |V|], and where V
+       is empty VRF is OSE, with a warning.
     3. From the paper, with the code: logits are first divided by temperatures at which mean confidence equals accuracy;
        --no-calibrate. Ours is a bisection, theirs an unbounded interpolation search with tolerance 0.001.
-    4. From the code: everything is chosen on held-out training images (2% of ImageNet's), not on the ID test set;
-       --select-on-test. OSE's alpha is one of 0, 0.05, ..., 1 and WSE's of 0, 0.1, ..., 1; theirs of 0.1, ..., 0.9.
+    4. From the code: everything is chosen on held-out training images (2% of ImageNet's, 10% of a set without a
+       validation split), not on the ID test set; --select-on-test. OSE's alpha is one of 0, 0.05, ..., 1 and WSE's of
+       0, 0.1, ..., 1, of equals the smallest; theirs of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
     5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From both: the sweep takes the
        smallest mean omega (the most zero-shot) whose held-out accuracy is within --tolerance of the best. Accuracy
        alone would pick omega = 1: held-out images are all in-distribution.
-    6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe; theirs is WiSE-FT's checkpoint.
+    6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe and its deviations (header of
+       wise_ft.py); theirs is WiSE-FT's checkpoint.
 
 Usage
     python vrf.py                                                     # the embedded data, fine-tunes first
@@ -52,7 +55,7 @@ PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1
              k_rule="code")
 RECIPES = {
     "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none", k_rule="paper"),
-    "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1),
+    "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1, k_rule="paper"),
     "imagenet": dict(PAPER, holdout=0.02, sweep=False),
     **{data: PAPER for data in ("domainnet", "cifar10", "iwildcam", "fmow")},  # ImageNet's recipe, not tuned
 }
@@ -68,7 +71,7 @@ def get_args():
     p.add("--a", 1.5, "distance at which both models count the same, without --sweep (paper: 1.5)",
           type=common.number(above=0))
     p.add("--b", 0.6, "width of the change, without --sweep (paper: 0.6)", type=common.number(above=0))
-    p.add("--sweep", common.RECIPE, "choose a, b, and alpha of OSE and WSE, on held-out images",
+    p.add("--sweep", common.RECIPE, "choose a and b on held-out images",
           action=argparse.BooleanOptionalAction)
     p.add("--tolerance", 0.5, "held-out accuracy in percent that --sweep gives up for a smaller omega",
           type=common.number(low=0))
@@ -255,12 +258,12 @@ def choose(seen, chosen_set, bank, mix, wse_rows, setup, state):
             state[key] = calibration_temperature(seen[logits], chosen_set.labels)
             if not 1.01e-3 < state[key] < 0.99e3:
                 common.say(f"warning: no temperature gives {chosen_set.name}'s accuracy; {key} is {state[key]:.3g}")
-    if args.sweep:
+    if seen:
         state["alpha"] = max(ALPHAS, key=lambda a: accuracy(mix(seen, a), chosen_set.labels))
         right = common.collect(lambda x, y: {a: z.argmax(1) == y for a, z in wse_rows(x, chosen_set.project).items()},
                                chosen_set, args, setup.device)
         state["alpha_wse"] = float(max(right, key=lambda a: right[a].double().mean()))
-        if len(bank):
+        if args.sweep and len(bank):
             state["a"], state["b"] = sweep_weight(lambda w: mix(seen, w), seen["d"], chosen_set.labels, args.tolerance)
 
 
@@ -282,6 +285,8 @@ def main():
     args = get_args()
     if args.predict != "none":
         return predict_folder(args)
+    if args.sweep and (args.a, args.b) != (1.5, 0.6):
+        raise common.Fail(f"--a {args.a:g} --b {args.b:g}: would be replaced by the sweep; add --no-sweep")
 
     def check(setup):
         if (args.calibrate or args.sweep) and not args.select_on_test and not len(setup.data.val):

@@ -13,12 +13,14 @@ Symbols: theta_0 zero-shot, theta_1 fine-tuned weights; alpha the mixing coeffic
 Deviations
     1. From the code: --select chooses alpha on held-out training images; the official scripts show all alphas on the
        test sets and leave the choice to the reader. Without --select, alpha is 0.5.
-    2. From the code: 2% of ImageNet's training images are held out for that; --holdout 0 trains on all, as theirs.
+    2. From the code: 2% of ImageNet's training images, and 10% of a set without a validation split, are held out for
+       that; --holdout 0 trains on all, as theirs.
     3. From the code: bf16 or fp16 towers on CUDA; --precision fp32 is theirs.
     4. From the code: alpha 0 and 1 are the ends bit for bit, integer buffers are theta_1's; no Fisher-weighted merge.
     5. From the code: batches are always full (epochs end to end), so an epoch's last, smaller batch does not exist.
-    6. From the code: few-shot subsets are seeded and of any K; theirs are fixed lists of ImageNet classes.
-    7. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
+    6. From the code: few-shot subsets are seeded and shuffled; theirs are drawn unseeded and visited in class order.
+    7. From the code: iWildCam and FMoW have one template each, DRM's; theirs have 2 and 16.
+    8. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
 
 Usage
     python wise_ft.py                                            # the embedded data: minutes on two CPU cores

@@ -18,8 +18,9 @@ import common  # noqa: E402
 
 p = argparse.ArgumentParser()
 p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-p.add_argument("--out", type=Path, default=Path("runs/results"))
+p.add_argument("--out", type=Path)
 a, more = p.parse_known_args()
+a.out = a.out or Path("runs/results" + "".join(more).replace("--", "-").replace("/", "_"))  # other flags, other runs
 
 
 def run(name, script, *flags):

@@ -213,7 +213,7 @@ def domainnet(tmp_path):
 
 def test_domainnet(domainnet, tiny, tmp_path, monkeypatch):
     data = load("domainnet", domainnet)
-    assert data.classnames == ["The Eiffel Tower", "aircraft carrier"] and len(data.templates) == 80
+    assert data.classnames == ["The_Eiffel_Tower", "aircraft_carrier"] and len(data.templates) == 80
     assert list(data.tests) == ["real", "painting", "clipart", "infograph", "sketch"]
     assert labels(data.tests["clipart"]) == {
         "The_Eiffel_Tower/clipart_000_test0.jpg": 0, "The_Eiffel_Tower/clipart_000_test1.jpg": 0,

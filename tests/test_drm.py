@@ -6,6 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import drm
@@ -52,6 +53,20 @@ def test_targets_loss_and_mixture_against_loops():
     assert (p.sum(1) - 1).abs().max() <= 1e-12
 
 
+def test_minmax_span_and_rows_of_certain_heads():
+    f0, w = F.normalize(torch.randn(70_000, 3), dim=1), F.normalize(torch.randn(4, 3), dim=1)  # more than one part
+    index = torch.arange(0, 70_000, 9_999)
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([0.3 * w[:1].new_tensor([[1., 2, 3, 4]]).expand(len(x), 4)] * 2, 1), None
+    batch = common.Batch(torch.zeros(len(index), 3), torch.zeros(len(index)).long(), index, 0)
+    _, parts = drm.make_loss(f0, w, 9.0, "minmax", 1.0)(Fixed(), batch)
+    want = drm.worst_case_risk(Fixed()(batch.images)[0][:, 4:], drm.core_targets(f0, w, 9.0, "minmax")[index])
+    assert parts["kl"].item() == pytest.approx(want.item(), rel=1e-5)
+    sure = drm.two_head_rows({"m": lambda x: (torch.tensor([[500.0, 0, 500, 0]]), None)}, 0.5)(None, lambda z: z)
+    assert sure["m mixture"].isfinite().all()  # a probability that underflows costs much, not infinitely much
+
+
 def test_text_head_equals_open_clips_builder(tiny_vit):
     clip, tokenizer = open_clip.create_model(tiny_vit).eval(), open_clip.get_tokenizer(tiny_vit)
     names, templates = ["cat", "dog"], ["a photo of a {}.", "a drawing of a {}.", "a {}."]
@@ -66,6 +81,8 @@ def test_descriptions_join_by_name_index_or_position():
     join = lambda raw, names=names: drm.descriptions(raw, names, "f.json")
     assert join([("cow", "C"), ("ant", "A"), ("bee", ["B1", "B2"])]) == [["A"], ["B1", "B2"], ["C"]]
     assert join([("2", "C"), ("0", "A"), ("1", "B")]) == [["A"], ["B"], ["C"]]
+    numbers = sorted(map(str, range(12)))  # classes whose names are numbers, in the order of folders: 0, 1, 10, 11, 2
+    assert join([(str(i), f"text of {i}") for i in range(12)], numbers) == [[f"text of {n}"] for n in numbers]
     twice = [f"n{i}" for i in range(18)] + ["missile", "missile"]
     raw = [(n, f"text {i}") for i, n in enumerate(twice)]
     assert join(raw, twice) == [[f"text {i}"] for i in range(20)]

@@ -125,7 +125,8 @@ def test_own_folder_of_jpegs_and_reload_with_open_clip(tmp_path, tiny_vit):
     assert again["rows"][1]["tests"] == rows["Lipsum-FT"]["tests"]
     run("wise_ft.py", "--finetuned", "out", "--alphas", 1, "--freeze", "encoder", "--out", "w", cwd=tmp_path)
     mixed = run("lipsum_ft.py", "--finetuned", "w", "--alpha", 0.5, "--out", "m", cwd=tmp_path)
-    assert [r["name"] for r in mixed["rows"]] == ["zero-shot", "Lipsum-FT", "Lipsum-FT + WiSE 0.5"]
+    assert [r["name"] for r in mixed["rows"]] == ["zero-shot", "fine-tuned", "fine-tuned + WiSE 0.5"]  # of wise_ft.py
+    assert again["rows"][1]["name"] == "Lipsum-FT"
     args = common.parse(common.parser(""), "lipsum_ft", lipsum_ft.RECIPES, ["--finetuned", str(out), "--out",
                                                                             str(tmp_path / "third")])
     _, theta_1 = common.load_run(out, common.start(args))

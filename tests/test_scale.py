@@ -155,7 +155,8 @@ def test_table_of_mistakes(tmp_path, tiny_vit, tiny_resnet, monkeypatch):
                        ("long.json", json.dumps({"red square": "so " * 99, "green square": "x", "blue square": "y"}))):
         (tmp_path / name).write_text(text)
     copies = {}
-    for change in ("no_test", "no_train", "empty_class", "text_as_jpg", "extra_class", "flat", "templates", "classnames", "shift_test"):
+    for change in ("no_test", "no_train", "empty_class", "text_as_jpg", "extra_class", "flat", "templates", "classnames", "shift_test",
+                   "shift_held"):
         copies[change] = write_tree(tmp_path / change, train=2, test=1)
     (copies["no_test"] / "test").rename(copies["no_test"] / "tests")
     (copies["no_train"] / "train").rename(copies["no_train"] / "training")
@@ -166,10 +167,12 @@ def test_table_of_mistakes(tmp_path, tiny_vit, tiny_resnet, monkeypatch):
     for f in [p for p in (copies["flat"] / "test").rglob("*.jpg")]:
         f.rename(copies["flat"] / f"{f.parent.name}-{f.name}")
     (copies["shift_test"] / "shifts" / "dark").rename(copies["shift_test"] / "shifts" / "test")
+    (copies["shift_held"] / "shifts" / "dark").rename(copies["shift_held"] / "shifts" / "held-out")
     (copies["templates"] / "templates.txt").write_text("a photo\n")
     (copies["classnames"] / "classnames.txt").write_text("nothing\there\n")
     at = lambda change: ["--data", "folder", "--data-dir", copies[change], "--model", tiny_vit]
-    halves = {"part": '{"method": "lipsum_ft", "part_of": "done"}', "half": '{"method": "lipsum_ft", "data": "shapes"}', "torn": '{"method": "lips'}
+    halves = {"part": '{"method": "lipsum_ft", "part_of": "done"}', "half": '{"method": "lipsum_ft", "data": "shapes"}',
+              "few": '{"method": "wise_ft", "data": "shapes", "shots": 4, "seed": 0}', "torn": '{"method": "lips'}
     for name, text in halves.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(text)
@@ -187,6 +190,10 @@ def test_table_of_mistakes(tmp_path, tiny_vit, tiny_resnet, monkeypatch):
         ("lipsum_ft.py", [*base, "--device", "tpu9"], "--device"),
         ("lipsum_ft.py", at("shift_test"), "cannot have that name"), ("drm.py", [*base, "--prompt", "a {} or {}"], "--prompt"),
         ("wise_ft.py", ["--finetuned", "done", "--holdout", 0.5], "held-out images must be the same"),
+        ("wise_ft.py", ["--finetuned", "done", "--pretrain-seed", 1], "the zero-shot model must be the same"),
+        ("wise_ft.py", ["--finetuned", "done", "--model", "ViT-B-16"], "the zero-shot model must be the same"),
+        ("wise_ft.py", ["--finetuned", "few", "--seed", 5], "the --shots images must be the same"),
+        ("lipsum_ft.py", at("shift_held"), "cannot have that name"),
         ("lipsum_ft.py", ["--resume", "part"], "resume that"),
         ("wise_ft.py", [*base, "--alphas", 2], "--alphas"), ("wise_ft.py", [*base, "--select", "--holdout", 0], "--holdout"),
         ("vrf.py", [*base, "--a", 0], "--a"), ("vrf.py", [*base, "--b", 0], "--b"), ("vrf.py", [*base, "--k", -1], "--k"),

@@ -156,6 +156,8 @@ def test_script_cache_is_bound_to_weights_and_files(finished):
     common.save_tensors(tmp / "ft" / "head.safetensors", weights, about)
     run("vrf.py", "--finetuned", "ft", "--out", "v3", "--select-on-test", "--k", 2, cwd=tmp)
     assert len(list(cache.iterdir())) == 2 * len(before)  # nothing stale was used
+    fixed = run("vrf.py", "--finetuned", "ft", "--out", "v4", "--no-sweep", "--a", 0.5, "--select-on-test", cwd=tmp)["vrf"]
+    assert (fixed["a"], fixed["b"]) == (0.5, 0.6) and 0.5 not in (fixed["alpha"], fixed["alpha_wse"])  # chosen all the same
 
 
 def test_empty_bank_falls_back_to_ose(tmp_path, tiny_vit):
@@ -179,3 +181,4 @@ def test_mistakes(tmp_path, tree, tiny_vit, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--a" in complaint("vrf.py", "--a", 0) and "above 0" in complaint("vrf.py", "--b", -1)
     assert "--resume RUN" in complaint("vrf.py", "--predict", tree)
+    assert "--no-sweep" in complaint("vrf.py", "--a", 9)
