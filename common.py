@@ -126,7 +126,7 @@ def parser(doc, freeze=("none", "head")):
     p = Parser(doc)
     p.add("--data", "shapes", "data set: " + ", ".join(DATA))
     p.add("--data-dir", "~/data", "folder that holds the data set")
-    p.add("--model", "ViT-B-16-quickgelu", "open_clip model name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
+    p.add("--model", "ViT-B-16-quickgelu", "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
     p.add("--pretrained", "openai", "open_clip tag or weights file of a named model")
     p.add("--epochs", RECIPE, "passes over the training images", type=number(float, above=0))
     p.add("--steps", RECIPE, "optimiser steps, instead of --epochs", type=number(int, 1))

@@ -157,8 +157,9 @@ def main():
 
     if args.finetuned != "none":
         run = common.read_json(Path(args.finetuned) / "args.json", "a finished run")
+        regularised = run["method"] == "lipsum_ft" and run["lam"] > 0 and "part_of" not in run  # a part: the baseline
         zero_shot, tuned = setup.finetuned
-        rows = {"zero-shot": zero_shot, "Lipsum-FT" if run.get("lam") and run["method"] == "lipsum_ft" else "fine-tuned": tuned}
+        rows = {"zero-shot": zero_shot, "Lipsum-FT" if regularised else "fine-tuned": tuned}
     else:
         if args.baseline and args.lam:
             rows["fine-tuned"] = fit(0, setup.out / "fine-tuned")
