@@ -73,9 +73,12 @@ def cli(main):
     except torch.OutOfMemoryError:
         message = "the GPU is out of memory; lower --batch-size and raise --accum, or add --grad-checkpointing"
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            message = f"no space left on the disk of {error.filename or 'the run'}; the last good checkpoint is kept"
+        elif error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        message = f"no space left on the disk of {error.filename or 'the run'}; the last good checkpoint is kept"
     if WORLD > 1 and message is None:
         dist.destroy_process_group()
     if message is not None:
@@ -157,7 +160,7 @@ def parser(doc, freeze=("none", "head")):
           type=number(int, -1))
     p.add("--bench-data", False, "print images/s of the training input pipeline alone and exit", action="store_true")
     p.add("--device", "auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    p.add("--seed", 0, "of data order, augmentation and everything random in a method", type=number(int, 0))
+    p.add("--seed", 0, "of data order, augmentation and everything random in a method", type=number(int, 0, 2**32 - 1))
     p.add("--pretrain-seed", 0, "of the tiny CLIP of --data shapes", type=number(int, 0))
     p.add("--out", "runs/METHOD-DATA-sSEED", "new folder for the run; a taken default gets a number")
     p.add("--resume", "none", "run folder to continue exactly, with the flags it was started with")
@@ -167,7 +170,7 @@ def parser(doc, freeze=("none", "head")):
 
 FREE = {"resume", "workers", "save_every", "predict", "device"}  # may change on --resume; only --device moves digits
 INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit", "shots", "seed",
-             "skip_bad_images"]
+             "skip_bad_images", "descriptions", "prompt"]
 
 
 def parse(p, method, recipes, argv=None):
@@ -191,7 +194,7 @@ def parse(p, method, recipes, argv=None):
                            "drop the flag or start a new run")
     elif "finetuned" in given:
         run = read_json(Path(given["finetuned"]) / "args.json", "a finished run for --finetuned")
-        inherited = {k: run[k] for k in INHERITED if k in run}
+        inherited = {k: run[k] for k in INHERITED if k in run and k in p.defaults}
         same = {**dict.fromkeys(("data", "holdout", "limit", "shots", "skip_bad_images"), "held-out images"),
                 **dict.fromkeys(("pretrained", "pretrain_seed"), "the zero-shot model"),
                 **({"seed": "the --shots images"} if inherited.get("shots") else {}),
@@ -456,6 +459,8 @@ class ImageSet(torch.utils.data.Dataset):
         try:
             with Image.open(path) as image:
                 image.load()
+                if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
         except BAD_IMAGE as error:
             raise Fail(f"{path}: cannot be read as an image ({str(error)[:100]}); repair it, remove it or pass "
@@ -522,6 +527,10 @@ def load_data(args):
             say(f"--skip-bad-images: {path} ({data.skipped[path]})")
         for split in splits if data.skipped else []:
             kept = [i for i, path in enumerate(split.images) if path not in data.skipped]
+            lost = set(split.labels.tolist()) - set(split.labels[kept].tolist())
+            if lost and (split is data.train or not kept):
+                raise Fail(f"--skip-bad-images: no readable image of class '{data.classnames[min(lost)]}' is left in "
+                           f"{split.name}")
             split.__dict__ = split.subset(kept).__dict__
     if args.limit:
         data.train, data.val = spread(data.train, args.limit), data.val and spread(data.val, args.limit)
@@ -582,8 +591,9 @@ def folder_data(root, args):
         names[folder] = name.strip()
     templates = read_lines(root / "templates.txt") or ["a photo of a {}."]
     for t in templates:
-        if t.count("{}") != 1:
-            raise Fail(f"{root / 'templates.txt'}: '{t}' must hold {{}} once, where the class name goes")
+        if t.count("{}") != 1 or t.count("{") != 1 or t.count("}") != 1:  # open_clip formats it
+            raise Fail(f"{root / 'templates.txt'}: '{t}' must hold {{}} once, where the class name goes, and no other "
+                       "brace")
 
     def read(path, name):
         extra = set(subfolders(path)) - set(folders)
@@ -616,7 +626,10 @@ def subfolders(path):
 
 
 def read_lines(path):
-    return [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()] if path.is_file() else []
+    try:
+        return [x for x in path.read_text(encoding="utf-8-sig").splitlines() if x.strip()] if path.is_file() else []
+    except UnicodeDecodeError:
+        raise Fail(f"{path}: not UTF-8 text; save it in that encoding") from None
 
 
 def unreadable(paths):
@@ -1001,7 +1014,7 @@ def train(model, dataset, loss_fn, args, out, run):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=model.amp == torch.float16)
-    stream = [total, args.batch_size * args.accum * WORLD]
+    stream = [total, args.batch_size * args.accum * WORLD, len(dataset)]
     first = load_checkpoint(checkpoint, model, optimizer, scaler, stream) if checkpoint.is_file() else 0
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     runner = torch.compile(parallel) if args.compile else parallel
@@ -1054,6 +1067,8 @@ def train(model, dataset, loss_fn, args, out, run):
         log.close()
         for s, handler in zip(signals, handlers):
             signal.signal(s, handler)
+    for buffer in model.buffers() if WORLD > 1 else []:
+        dist.broadcast(buffer, 0)  # BatchNorm's statistics are of each rank's own images; rank 0 saves
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
         resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if total > first:
@@ -1109,6 +1124,7 @@ def collect_once(function, models, dataset, setup, folder):
     else:
         digest.update(np.ascontiguousarray(dataset.images).tobytes())
     digest.update(dataset.labels.numpy().tobytes())
+    folder = setup.out if folder.exists() and not os.access(folder, os.W_OK) else folder  # another's run
     path = folder / "cache" / f"{dataset.name}-{digest.hexdigest()[:16]}.safetensors"
     known = [path.is_file()]
     if WORLD > 1:
@@ -1249,9 +1265,8 @@ def load_checkpoint(path, model, optimizer, scaler, stream):
     """Restore save_checkpoint() into the three objects; returns the step to go on from. `stream` must be the same."""
     tensors, about = load_tensors(path)
     if (about or {}).get("stream", stream) != stream:
-        then = about["stream"]
-        raise Fail(f"{path}: of a run with {then[0]} steps of {then[1]} images, not {stream[0]} of {stream[1]}; resume on "
-                   "the same number of ranks")
+        raise Fail(f"{path}: its run has {about['stream']} steps, images a step and training images, this one {stream}; "
+                   "resume on the same number of ranks and the same images")
     state = {}
     try:
         for name, tensor in tensors.items():
@@ -1301,7 +1316,8 @@ def load_run(run, setup):
     if about["classnames"] != setup.data.classnames:
         raise Fail(f"--finetuned {run}: its head has the classes {about['classnames'][:3]}..., the data has "
                    f"{setup.data.classnames[:3]}...")
-    theta_0 = setup.classifier(folded="bias" in tensors)
+    head_0 = tensors.get("head_0", setup.head).to(setup.device)  # DRM's head is of its own prompts
+    theta_0 = setup.classifier("bias" in tensors, head_0)
     theta_1 = copy.deepcopy(theta_0)
     weights, _ = load_tensors(Path(run) / "open_clip_model.safetensors")
     visual = {k: v for k, v in weights.items() if k.startswith("visual.")}

@@ -257,7 +257,7 @@ def fine_tune(setup, heads, texts, features_0, lam, affinity, out):
         setup.fit(model, loss_fn, out)
     df = setup.classifier(head=model.head[:C], own=False)
     df.visual = model.visual
-    common.save_run(setup, df, out, head={"head_cd": model.head[C:]}, text=text)
+    common.save_run(setup, df, out, head={"head_cd": model.head[C:], "head_0": heads[:C]}, text=text)
     return model
 
 
@@ -272,6 +272,8 @@ def main():
         """The texts of both heads as tokens."""
         prompts = [[args.prompt.replace("{}", c)] for c in setup.data.classnames]
         read = read_descriptions(args, setup.data)
+        if setup.finetuned and "head_cd" not in common.load_tensors(Path(args.finetuned) / "head.safetensors")[0]:
+            raise common.Fail(f"--finetuned {args.finetuned}: not a run of drm.py, its head has no cd part")
         return [tokenize(texts, setup.tokenizer, setup.clip.context_length, source)
                 for texts, source in ((prompts, "--prompt"), (read, "descriptions"))]
     setup = common.start(args, check)
@@ -280,12 +282,9 @@ def main():
         heads = torch.cat([text_head(setup.clip, *t, len(setup.data.classnames)) for t in texts])  # (2C, D)
     models = {"zero-shot": new_model(setup, heads)}
     if args.finetuned != "none":
-        tensors, _ = common.load_tensors(Path(args.finetuned) / "head.safetensors")
-        if "head_cd" not in tensors:
-            raise common.Fail(f"--finetuned {args.finetuned}: not a run of drm.py, its head has no cd part")
-        model = setup.finetuned[1]
-        models["DRM"] = new_model(setup, torch.cat([model.head, tensors["head_cd"].to(setup.device)]))
-        models["DRM"].visual = model.visual
+        head_cd = common.load_tensors(Path(args.finetuned) / "head.safetensors")[0]["head_cd"].to(setup.device)
+        models["DRM"] = new_model(setup, torch.cat([setup.finetuned[1].head, head_cd]))
+        models["DRM"].visual = setup.finetuned[1].visual
     else:
         features_0 = common.train_features(models["zero-shot"], setup, setup.out)
         fit = functools.partial(fine_tune, setup, heads, texts, features_0)

@@ -163,7 +163,7 @@ def sweep_weight(mix, d, labels, tolerance):
 
     mix(weight) -> probabilities (N, C); d (N,). The grid: a at quantiles of d, b at fractions of its spread.
     """
-    spread = max(d.std().item(), 1e-6)
+    spread = max(d.std(correction=0).item(), 1e-6)
     quantiles = d.double().quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist()
     grid = [(max(a, 1e-6), b * spread) for a in quantiles for b in (0.25, 0.5, 1.0, 2.0)]
     scores = [(accuracy(mix(ft_weight(d, a, b)), labels), -ft_weight(d, a, b).mean().item(), (a, b)) for a, b in grid]
@@ -301,7 +301,7 @@ def main():
     k = min(args.k, len(bank)) if args.k else neighbours(len(bank), len(setup.data.train), args.k_rule)
     state = {"failures": len(bank), "k": k, "distance": args.distance, "space": args.space, "a": args.a, "b": args.b,
              "alpha": 0.5, "alpha_wse": 0.5, "t_zs": 1.0, "t_ft": 1.0, "chosen_on": "held-out",
-             "bank": "vrf.safetensors", "finetuned": str(folder.resolve())}
+             "bank": "vrf.safetensors", "finetuned": str(folder.resolve()) if setup.finetuned else folder.name}
 
     # Step 2: distances and weights, chosen on held-out images
     def mix(output, weight):
@@ -356,11 +356,15 @@ def predict_folder(args):
     bank = common.load_tensors(Path(args.resume) / state["bank"])[0]["bank"]
     root = Path(args.predict)
     paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in common.IMG_EXTENSIONS)
+    broken = common.unreadable(paths)
+    for path, reason in broken.items():
+        print(f"{path} is left out: {reason}", file=sys.stderr)
+    paths = [path for path in paths if path not in broken]
     if not paths:
         raise common.Fail(f"--predict {root}: no folder with images in it")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the lines alone
         setup = common.start(args)
-    zero_shot, fine_tuned = common.load_run(state["finetuned"], setup)
+    zero_shot, fine_tuned = common.load_run(Path(args.resume) / state["finetuned"], setup)
     images = common.ImageSet("predict", paths, np.zeros(len(paths)))
     images.transform = setup.data.val.transform
 

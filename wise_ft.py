@@ -167,6 +167,8 @@ def plot_curve(results, alphas, measure, chosen, path, logit_axes=False):
 
 def main():
     args = get_args()
+    if args.freeze == "encoder":
+        args.augment = "none"  # the features are computed once
 
     def check(setup):
         if args.select and not len(setup.data.val):

@@ -209,9 +209,27 @@ def test_wrong_trees_are_named(tmp_path, tree):
     assert load().classnames == ["blue square", "green square", "scarlet tile"]
     (tree / "templates.txt").write_text("a photo of a\n")
     assert "templates.txt" in complaint()
+    for template in ("a {{}} photo", "a photo {x} of {}"):
+        (tree / "templates.txt").write_text(template)
+        assert "templates.txt" in complaint()
+    (tree / "templates.txt").write_bytes("un caf\xe9 {}".encode("latin-1"))
+    assert "not UTF-8" in complaint()
+    (tree / "templates.txt").write_text("\ufeffa sign of a {}.", encoding="utf-8")
+    assert load().templates == ["a sign of a {}."]
     (tree / "templates.txt").unlink()
+    for file in (tree / "train" / "red_square").iterdir():
+        file.write_text("no image")
+    with pytest.raises(common.Fail, match="no readable image of class 'scarlet tile' is left in train"):
+        load("--skip-bad-images")
     (tree / "test").rename(tree / "tset")
     assert str(tree / "test") in complaint()
+
+
+def test_grey_images_of_16_bits_keep_their_light(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    pixels = np.asarray(common.ImageSet.read(tmp_path / "deep.png"))
+    assert pixels.shape == (8, 8, 3) and (pixels[..., 1] == values // 256).all()
 
 
 def test_results_and_logs_are_plain_json(tmp_path, tiny_vit):

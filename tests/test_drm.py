@@ -1,6 +1,7 @@
 """drm.py against naive float64 loops, plain fine-tuning, and every way in which a description file can be wrong."""
 import json
 import math
+import shutil
 
 import numpy as np
 import open_clip
@@ -112,9 +113,18 @@ def test_lambda_0_is_plain_fine_tuning_step_for_step(tmp_path, tiny_vit):
     assert nll[0]["ERM df"] == pytest.approx(nll[1]["fine-tuned"], abs=1e-5)
 
 
+def without_cd_head(path):
+    """A copy of the run path/d as another method would have left it."""
+    shutil.copytree(path / "d", path / "other")
+    tensors, about = common.load_tensors(path / "other" / "head.safetensors")
+    common.save_tensors(path / "other" / "head.safetensors", {k: v for k, v in tensors.items() if k != "head_cd"}, about)
+    return path / "other"
+
+
 @pytest.mark.parametrize("tune", [False, True])
 def test_own_folder_with_descriptions(tmp_path, tiny_vit, tune):
     tree = write_tree(tmp_path / "tree")
+    (tree / "templates.txt").write_text("art of the {} in my garden\n")  # not the prompts of DRM's heads
     (tree / "descriptions.json").write_text(json.dumps({"red square": "a red patch", "green square": ["a green patch", "grass"],
                                                         "blue square": "a blue patch"}))
     flags = ["--model", tiny_vit, "--steps", 20, "--batch-size", 16, "--lr", 1e-3, "--lam", 1]
@@ -125,6 +135,8 @@ def test_own_folder_with_descriptions(tmp_path, tiny_vit, tune):
     assert list(rows) == [f"{m} {h}" for m in models for h in ("df", "cd", "mixture")]
     kl = [x["kl"] for x in log_of(tmp_path / "d")]
     assert abs(kl[0]) < 1e-3 and max(kl) > 5 * abs(kl[0])  # p_c is the own prediction at first, but for the crop
+    assert "not a run of drm.py" in complaint("drm.py", "--finetuned", without_cd_head(tmp_path), "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     again = run("drm.py", "--finetuned", "d", "--out", "again", cwd=tmp_path)
     assert {r["name"]: r["tests"] for r in again["rows"]}["DRM mixture"] == rows["DRM mixture"]["tests"]
     saved = open_clip.create_model(f"local-dir:{tmp_path / 'd'}").eval().state_dict()
@@ -139,6 +151,7 @@ def test_own_folder_with_descriptions(tmp_path, tiny_vit, tune):
     else:  # any run is a starting point for WiSE-FT
         wise = run("wise_ft.py", "--finetuned", "d", "--alphas", 1, "--out", "w", cwd=tmp_path)
         assert wise["rows"][-1]["tests"]["test"]["acc"] == rows["DRM df"]["tests"]["test"]["acc"]
+        assert wise["rows"][0]["tests"]["test"]["nll"] == pytest.approx(rows["zero-shot df"]["tests"]["test"]["nll"])
 
 
 def test_bad_description_files_are_one_line(tmp_path, tree, tiny_vit, monkeypatch):

@@ -52,6 +52,13 @@ def test_evaluation_on_two_ranks_equals_one_to_the_last_digit(tmp_path, tiny_vit
     assert [r["tests"] for r in one["rows"]] == [r["tests"] for r in two["rows"]]  # 7,000 images, no duplicates
 
 
+def test_batchnorm_on_two_ranks_is_evaluated_as_it_is_saved(tmp_path, tiny_resnet):
+    flags = ["--model", tiny_resnet, "--steps", 6, "--batch-size", 8, "--lr", 1e-3, "--tests", "test", "--no-baseline"]
+    trained = torchrun(2, "lipsum_ft.py", *flags, "--out", "r", cwd=tmp_path)
+    saved = run("lipsum_ft.py", "--finetuned", "r", "--tests", "test", "--out", "again", cwd=tmp_path)
+    assert saved["rows"][1]["name"] == "Lipsum-FT" and saved["rows"][1]["tests"] == trained["rows"][1]["tests"]
+
+
 def test_five_kills_at_random_moments_leave_the_same_weights(tmp_path, tiny_vit):
     flags = ["--model", tiny_vit, "--steps", 300, "--batch-size", 8, "--save-every", 0, "--augment", "crop", "--tests",
              "test", "--no-baseline"]

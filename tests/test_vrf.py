@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import vrf
@@ -86,7 +87,8 @@ def test_sweep_prefers_the_zero_shot_model_within_the_tolerance():
     a, b = vrf.sweep_weight(mix, d, labels, tolerance=0)
     assert 0.4 <= a <= 0.6 and vrf.accuracy(mix(vrf.ft_weight(d, a, b)), labels) == 100
     same = vrf.sweep_weight(lambda w: vrf.ensemble(zs, zs, w), torch.full((100,), 0.3), labels, 0)  # all distances equal
-    assert all(math.isfinite(x) and x > 0 for x in same)
+    one = vrf.sweep_weight(lambda w: vrf.ensemble(zs[:1], zs[:1], w), torch.tensor([0.3]), labels[:1], 0)
+    assert all(math.isfinite(x) and x > 0 for x in (*same, *one))
     rng = np.random.default_rng(3)  # all near, as held-out images are: the tolerance decides
     d, y = torch.tensor(rng.uniform(0, 1, 400)), torch.tensor(rng.integers(3, size=400))
     zs, ft = (torch.tensor(rng.normal(size=(400, 3))) + gain * F.one_hot(y, 3) for gain in (1, 3))
@@ -94,7 +96,7 @@ def test_sweep_prefers_the_zero_shot_model_within_the_tolerance():
     for tolerance in (0, 3):
         tried = []
         for a in np.quantile(d, np.linspace(0, 1, 21)):
-            for b in np.array([0.25, 0.5, 1, 2]) * d.std().item():
+            for b in np.array([0.25, 0.5, 1, 2]) * d.numpy().std():
                 omega = 1 / (1 + np.exp((d.numpy() - a) / b))
                 p = omega[:, None] * ft.softmax(1).numpy() + (1 - omega[:, None]) * zs.softmax(1).numpy()
                 tried.append((100 * (p.argmax(1) == y.numpy()).mean(), omega.mean(), a, b))
@@ -175,6 +177,16 @@ def test_without_held_out_images(tmp_path, tiny_vit, flags):
     results = run("vrf.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--holdout", 0, "--steps", 3, *flags,
                   "--out", "v", cwd=tmp_path)
     assert len(results["rows"]) == 5 and results["vrf"]["chosen_on"] == ("test" if len(flags) == 1 else "held-out")
+    (tmp_path / "v").rename(tmp_path / "moved")  # a run can be moved
+    (tree / "test" / "red_square" / "000.jpg").write_text("no image")
+    done = subprocess.run(command("vrf.py", "--resume", "moved", "--predict", tree / "shifts"), cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert "000.jpg: cannot be read" in done.stderr and done.returncode == 2  # the run's own data are looked at too
+    Image.new("RGB", (40, 40)).save(tree / "test" / "red_square" / "000.jpg")
+    (tree / "shifts" / "broken.png").write_text("no image")
+    done = subprocess.run(command("vrf.py", "--resume", "moved", "--predict", tree / "shifts"), cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 30 and "broken.png is left out" in done.stderr
 
 
 def test_mistakes(tmp_path, tree, tiny_vit, monkeypatch):
