@@ -528,9 +528,10 @@ def load_data(args):
         for split in splits if data.skipped else []:
             kept = [i for i, path in enumerate(split.images) if path not in data.skipped]
             lost = set(split.labels.tolist()) - set(split.labels[kept].tolist())
-            if lost and (split is data.train or not kept):
-                raise Fail(f"--skip-bad-images: no readable image of class '{data.classnames[min(lost)]}' is left in "
-                           f"{split.name}")
+            if lost and split is data.train:
+                raise Fail(f"--skip-bad-images: no readable training image of class '{data.classnames[min(lost)]}' is left")
+            if not kept:
+                raise Fail(f"--skip-bad-images: no readable image is left in {split.name}")
             split.__dict__ = split.subset(kept).__dict__
     if args.limit:
         data.train, data.val = spread(data.train, args.limit), data.val and spread(data.val, args.limit)

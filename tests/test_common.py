@@ -219,7 +219,7 @@ def test_wrong_trees_are_named(tmp_path, tree):
     (tree / "templates.txt").unlink()
     for file in (tree / "train" / "red_square").iterdir():
         file.write_text("no image")
-    with pytest.raises(common.Fail, match="no readable image of class 'scarlet tile' is left in train"):
+    with pytest.raises(common.Fail, match="no readable training image of class 'scarlet tile'"):
         load("--skip-bad-images")
     (tree / "test").rename(tree / "tset")
     assert str(tree / "test") in complaint()
