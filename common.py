@@ -195,10 +195,12 @@ def parse(p, method, recipes, argv=None):
     elif "finetuned" in given:
         run = read_json(Path(given["finetuned"]) / "args.json", "a finished run for --finetuned")
         inherited = {k: run[k] for k in INHERITED if k in run and k in p.defaults}
-        same = {**dict.fromkeys(("data", "holdout", "limit", "shots", "skip_bad_images"), "held-out images"),
-                **dict.fromkeys(("pretrained", "pretrain_seed"), "the zero-shot model"),
-                **({"seed": "the --shots images"} if inherited.get("shots") else {}),
-                **({} if "local-dir:" in given.get("model", "") else {"model": "the zero-shot model"})}  # may have moved
+        same = dict.fromkeys(("data", "holdout", "limit", "shots", "skip_bad_images"), "held-out images")
+        same |= dict.fromkeys(("model", "pretrained", "pretrain_seed"), "the zero-shot model")
+        if given.get("model", "").startswith("local-dir:"):
+            del same["model"]  # the folder may have moved
+        if inherited.get("shots"):
+            same["seed"] = "the --shots images"
         for key in same.keys() & given.keys() & inherited.keys():
             if given[key] != inherited[key]:
                 raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {given['finetuned']} was trained with "
