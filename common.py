@@ -1,7 +1,14 @@
-"""What the four methods share: flags, CLIP, data, mixed-precision training, evaluation, checkpoints.
+"""What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-Nothing in this file knows a method: losses, ensembles and their equations are in wise_ft.py, lipsum_ft.py, vrf.py and
-drm.py. Order: errors and flags - CLIP and heads - data - batches - training - evaluation - files of a run - `shapes`.
+    Part 1  What determines a number    lines 58-512    all that an auditor of a method has to read
+    Part 2  Files of a run              lines 513-1175   checkpoints, saved models, logs, tables, predictions
+    Part 3  Data                        lines 1176-1678   image sets, folders, the papers' data sets
+    Part 4  Flags and mistakes          lines 1679-1957  recipes, --resume, --finetuned, one line a mistake
+    Part 5  The embedded world          lines 1958-2191  `shapes` and its tiny CLIP
+
+Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk; nothing else in them
+changes a number. No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
+and drm.py.
 
 Symbols in all files: F image tower, s = exp(logit_scale), W (C, D) text head, z = s F(x) W^T logits; B batch,
 C classes, D embedding width. Features are unit-norm fp32; mixed precision applies to the towers only, never to a loss.
@@ -9,25 +16,22 @@ C classes, D embedding width. Features are unit-norm fp32; mixed precision appli
 import argparse
 import copy
 import csv
+import difflib
 import errno
 import functools
 import hashlib
-import inspect
 import json
 import logging
 import math
 import operator
 import os
-import pickle
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,233 +46,129 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 EVAL_BATCH = 250  # the same on any number of ranks, so that an evaluation's digits do not depend on it
+READ_EVERY = 20   # steps between two moments at which the host reads losses from the device
 
 
-# ---------------------------------------------- errors and flags ----------------------------------------------
+# ===================================== Part 1: what determines a number =====================================
+# A run is: setup = start(args); setup.out = run_folder(args); train; evaluate; finish. The method files say so.
 
-class Fail(Exception):
-    """A user's mistake in one sentence; cli() prints it and exits with code 2."""
+@dataclass
+class Setup:
+    """What every method starts from."""
+    args: argparse.Namespace
+    data: "Data"                # class names, templates, training, held-out and test images
+    clip: nn.Module             # the pre-trained open_clip model, never trained in place
+    tokenizer: object
+    head: torch.Tensor          # W (C, D), the zero-shot text head of the data's templates
+    device: torch.device
+    amp: torch.dtype | None     # of the towers; None is fp32
+    out: Path = None            # the run's folder, from run_folder()
 
-    def __init__(self, message):  # a data-loader worker wraps the sentence in its traceback: unwrap it
-        super().__init__(str(message).strip().rsplit("common.Fail: ", 1)[-1])
+    @property
+    def scale(self):
+        """s = exp(logit_scale) of the pre-trained model."""
+        return self.clip.logit_scale.exp().item()
 
+    @property
+    def measure(self):
+        """{test: the metric that tables show}, the in-distribution (ID) test first."""
+        return {name: images.metric for name, images in self.data.tests.items()}
 
-def cli(main):
-    """Run a method's main(); mistakes, a full disk or GPU and Ctrl-C end in one line instead of a traceback."""
-    message, code = None, 2
-    try:
-        if WORLD > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs routine steps as warnings, and what it raises
-        main()
-    except Fail as error:
-        message = error
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except torch.OutOfMemoryError:
-        message = "the GPU is out of memory; lower --batch-size and raise --accum, or add --grad-checkpointing"
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            message = f"no space left on the disk of {error.filename or 'the run'}; the last good checkpoint is kept"
-        elif error.filename:
-            message = f"{error.filename}: {error.strerror}"
+    def classifier(self, folded=False, head=None, own_tower=True):
+        """The zero-shot model theta_0 as an ImageClassifier; own_tower: with a copy of the image tower, to be trained."""
+        head = self.head if head is None else head
+        visual = copy.deepcopy(self.clip.visual) if own_tower else self.clip.visual
+        if folded:
+            model = ImageClassifier(visual, self.scale * head, 1.0, bias=True, amp=self.amp)
         else:
-            raise
-    if WORLD > 1 and message is None:
-        dist.destroy_process_group()
-    if message is not None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(code)
+            model = ImageClassifier(visual, head, self.scale, amp=self.amp)
+        return model.to(self.device).eval()
+
+    def fit(self, model, loss_fn, out, predict=None):
+        """train() on the augmented training images."""
+        images = self.data.train.augmented(self.args.augment, self.args.seed)
+        return train(model, images, self.data.val, loss_fn, self, out, predict or classify)
 
 
-def say(*words):
+def start(args):
+    """Device, data, CLIP and its text head, as a Setup. Finds the mistakes in flags and trees; writes nothing."""
+    torch.manual_seed(args.seed)
+    device, amp = compute_device(args)
+    data = load_data(args)
+    check_steps(args, len(data.train))
+    clip_model, tokenizer = load_clip(args, device)
+    preprocess = PreprocessCfg(**clip_model.visual.preprocess_cfg)
+    for images in (data.train, data.val, *data.tests.values()):
+        images.prepare(preprocess)
+    head = zero_shot_head(clip_model, tokenizer, data.classnames, data.templates)
+    setup = Setup(args, data, clip_model, tokenizer, head, device, amp)
+    say(describe_run(setup))
+    return setup
+
+
+def finish(setup, results, **more):
+    """Write results.json and print its table, the last thing of a run. results: {row: {test: metrics}}."""
+    rows = []
+    for name, tests in results.items():
+        in_distribution, shifts = id_ood(tests, setup.measure)
+        rows.append({"name": name, "id": in_distribution, "ood": shifts, "tests": tests})
     if RANK == 0:
-        print(*words, flush=True)
+        about = {key: getattr(setup.args, key) for key in ("method", "data", "model", "seed")}
+        write_json(setup.out / "results.json",
+                   {**about, "args": vars(setup.args), "measure": setup.measure, "rows": rows, **more})
+        print_table(rows, setup)
 
 
-def number(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
-    """argparse type: a finite number with low <= x <= high and x > above."""
-    def parse(text):
-        try:
-            x = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
-        if not (math.isfinite(x) and low <= x <= high and x > above):
-            limits = [f"at least {low}" * (low > -math.inf), f"at most {high}" * (high < math.inf),
-                      f"above {above}" * (above > -math.inf)]
-            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(filter(None, limits)) or 'finite'}")
-        return x
-    return parse
+# ---- CLIP and its heads ----
 
+def encode_texts(clip_model, tokens):
+    """G(t): unit-norm text features (m, D), fp32, of tokens (m, n), computed up to the longest text's end only.
 
-RECIPE = "the data set's recipe"  # default of a flag whose value depends on --data
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that tells given flags from defaults (for --resume) and reports a mistake in one line."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        self.defaults = {}
-
-    def add(self, flag, default, help, **kwargs):
-        self.defaults[flag.lstrip("-").replace("-", "_")] = default
-        self.add_argument(flag, default=None, help=f"{help} (default: {default})".replace("%", "%%"), **kwargs)
-
-    def error(self, message):
-        raise Fail(f"{message} (see --help)")
-
-
-def parser(doc, freeze=("none", "head")):
-    """The flags that all methods share. RECIPE defaults come from the method's RECIPES[--data]."""
-    p = Parser(doc)
-    p.add("--data", "shapes", "data set: " + ", ".join(DATA))
-    p.add("--data-dir", "~/data", "folder that holds the data set")
-    p.add("--model", "ViT-B-16-quickgelu", "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
-    p.add("--pretrained", "openai", "open_clip tag or weights file of a named model")
-    p.add("--epochs", RECIPE, "passes over the training images", type=number(float, above=0))
-    p.add("--steps", RECIPE, "optimiser steps, instead of --epochs", type=number(int, 1))
-    p.add("--batch-size", RECIPE, "images per forward pass on each rank", type=number(int, 1))
-    p.add("--accum", 1, "forward passes per optimiser step", type=number(int, 1))
-    p.add("--lr", RECIPE, "peak learning rate of AdamW", type=number(float, 0))
-    p.add("--wd", RECIPE, "weight decay, on every trained parameter", type=number(float, 0))
-    p.add("--warmup", RECIPE, "linear warm-up: optimiser steps, or below 1 a fraction of them", type=number(float, 0))
-    p.add("--grad-clip", RECIPE, "largest gradient norm; 0 does not clip", type=number(float, 0))
-    p.add("--augment", RECIPE, "none; crop: random crop of 90-100% of the area; crop-flip: 8-100% and a flip",
-          choices=["none", "crop", "crop-flip"])
-    if freeze:
-        p.add("--freeze", "none", "part that is not trained", choices=freeze)
-    p.add("--shots", 0, "train on K images of each class; 0 is all", type=number(int, 0))
-    p.add("--holdout", 0.1, "share of the training images held out if the data has no validation split, for choices of "
-          "this or a later run; recipes differ", type=number(float, 0, 0.9))
-    p.add("--limit", 0, "images kept of each split, spread over its classes, for a quick run; 0 is all",
-          type=number(int, 0))
-    p.add("--skip-bad-images", False, "check all images first and leave broken ones out, counted and listed",
-          action=argparse.BooleanOptionalAction)
-    p.add("--tests", "all", "comma-separated names of the shifts to evaluate, beside the ID test")
-    p.add("--finetuned", "none", "finished run to start from instead of training")
-    p.add("--precision", "auto", "of the towers; auto is bf16 or fp16 on CUDA, fp32 on CPU",
-          choices=["auto", "bf16", "fp16", "fp32"])
-    p.add("--compile", False, "torch.compile the model", action=argparse.BooleanOptionalAction)
-    p.add("--grad-checkpointing", False, "recompute activations to save memory", action=argparse.BooleanOptionalAction)
-    p.add("--workers", -1, "data-loading processes per rank; -1 is one a core (at most 8), 0 for images in memory",
-          type=number(int, -1))
-    p.add("--bench-data", False, "print images/s of the training input pipeline alone and exit", action="store_true")
-    p.add("--device", "auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    p.add("--seed", 0, "of data order, augmentation and everything random in a method", type=number(int, 0, 2**32 - 1))
-    p.add("--pretrain-seed", 0, "of the tiny CLIP of --data shapes", type=number(int, 0))
-    p.add("--out", "runs/METHOD-DATA-sSEED", "new folder for the run; a taken default gets a number")
-    p.add("--resume", "none", "run folder to continue exactly, with the flags it was started with")
-    p.add("--save-every", 10.0, "minutes between checkpoints", type=number(float, 0))
-    return p
-
-
-FREE = {"resume", "workers", "save_every", "predict", "device"}  # may change on --resume; only --device moves digits
-INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit", "shots", "seed",
-             "skip_bad_images", "descriptions", "prompt"]
-
-
-def parse(p, method, recipes, argv=None):
-    """Flags -> Namespace: given flags over those of --resume / --finetuned over the recipe over the defaults."""
-    given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-    for key in ("data_dir", "finetuned", "descriptions", "pretrained"):  # a run can be found again from any folder
-        if given.get(key, "none") != "none" and (key != "pretrained" or Path(given[key]).is_file()):
-            given[key] = str(Path(given[key]).expanduser().resolve())
-    if given.get("model", "").startswith("local-dir:"):
-        given["model"] = f"local-dir:{Path(given['model'][10:]).expanduser().resolve()}"
-    stored, inherited = {}, {}
-    if "resume" in given:
-        stored = read_json(Path(given["resume"]) / "args.json", "a run folder to --resume")
-        if "part_of" in stored:
-            raise Fail(f"--resume {given['resume']}: is a part of the run {stored['part_of']}; resume that")
-        if stored.get("method") != method:
-            raise Fail(f"--resume {given['resume']}: a run of {stored.get('method')}.py, not of {method}.py")
-        for key in given.keys() - FREE:
-            if stored.get(key) != given[key]:
-                raise Fail(f"--resume {given['resume']}: started with {flag(key)} {stored.get(key)}, not {given[key]}; "
-                           "drop the flag or start a new run")
-    elif "finetuned" in given:
-        run = read_json(Path(given["finetuned"]) / "args.json", "a finished run for --finetuned")
-        inherited = {k: run[k] for k in INHERITED if k in run and k in p.defaults}
-        same = dict.fromkeys(("data", "holdout", "limit", "shots", "skip_bad_images"), "held-out images")
-        same |= dict.fromkeys(("model", "pretrained", "pretrain_seed"), "the zero-shot model")
-        if given.get("model", "").startswith("local-dir:"):
-            del same["model"]  # the folder may have moved
-        if inherited.get("shots"):
-            same["seed"] = "the --shots images"
-        for key in same.keys() & given.keys() & inherited.keys():
-            if given[key] != inherited[key]:
-                raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {given['finetuned']} was trained with "
-                           f"{inherited[key]}; {same[key]} must be the same")
-        if not (Path(given["finetuned"]) / "head.safetensors").is_file():
-            raise Fail(f"--finetuned {given['finetuned']}: no model there (head.safetensors): the run is not finished, "
-                       "or it is one of vrf.py, which keeps its model in the subfolder fine-tuned")
-    data = {**p.defaults, **inherited, **stored, **given}["data"]
-    if data not in recipes:
-        raise Fail(f"--data {data}: {method}.py knows {', '.join(recipes)}")
-    if "steps" in given and "epochs" in given:
-        raise Fail("--steps and --epochs exclude each other: give one")
-    length = {"steps": None, "epochs": None} if {"steps", "epochs"} & given.keys() else {}
-    args = {**p.defaults, "steps": None, "epochs": None, **recipes[data], **inherited, **length, **stored, **given,
-            "method": method}
-    return argparse.Namespace(**args)
-
-
-def flag(key):
-    return "--" + key.replace("_", "-")
-
-
-# ----------------------------------------------- CLIP and its heads -----------------------------------------------
-
-def load_clip(args, device):
-    """(open_clip model in eval mode, tokenizer), from a name and tag, hf-hub:, local-dir: or the embedded tiny CLIP.
-
-    Weights trained with QuickGELU in a model without it lose accuracy silently; open_clip warns, here it is an error.
-    The parameters keep requires_grad=True although nothing trains them in place: without it matmul takes a path
-    that copies the weights for each sample (a ViT-B/16 bf16 forward on CPU became 6x slower).
+    Equal to encoding all positions: attention is causal, so no position before the padding sees it, and the feature
+    is read at EOT, the largest id. A tower without these two properties encodes its full context; then ValueError
+    unless n is the context length. ValueError also if n exceeds it.
     """
-    name, tag = args.model, args.pretrained
-    if name == "shapes-clip":
-        name = f"local-dir:{shapes_clip(args.pretrain_seed)}"
-    if name.startswith("local-dir:") and not Path(name[10:], "open_clip_config.json").is_file():
-        raise Fail(f"--model {name}: no open_clip_config.json in that folder")
-    if ":" not in name:
-        if name not in open_clip.list_models():
-            raise Fail(f"--model {name}: not an open_clip model; one of {', '.join(open_clip.list_models()[:200:12])}, "
-                       "... or hf-hub:ORG/NAME or local-dir:PATH")
-        known = open_clip.list_pretrained_tags_by_model(name)
-        if tag not in known and not Path(tag).is_file():
-            raise Fail(f"--pretrained {tag}: not a weights file and not a tag of {name}, which has "
-                       f"{', '.join(known) or 'none'}")
-        quick = [bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu")),
-                 bool(open_clip.get_model_config(name).get("quick_gelu"))]
-        if tag in known and quick[0] != quick[1]:
-            other = name.removesuffix("-quickgelu") if quick[1] else f"{name}-quickgelu"
-            raise Fail(f"--model {name} --pretrained {tag}: weights and model differ in QuickGELU; use --model {other}")
-    try:
-        clip = open_clip.create_model(name, pretrained=None if ":" in name else tag, device=device,
-                                      require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip and the hub raise a dozen types for a missing file, network or key
-        reason = (str(error).strip().splitlines() or [repr(error)])[0][:150]
-        raise Fail(f"--model {args.model} --pretrained {tag}: the weights could not be loaded ({reason}); without "
-                   "internet copy them here and use local-dir:PATH or a weights file") from None
-    return clip.eval(), tokenizer
+    tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the text tower's parts itself
+    pooling = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    n, context = tokens.shape[1], clip_model.context_length
+    if n > context:
+        raise ValueError(f"{n} tokens exceed the context length {context}")
+    if not causal or pooling != "argmax":
+        if n < context:
+            raise ValueError("the text tower is not causal with its output read at EOT")
+        return F.normalize(clip_model.encode_text(tokens).float(), dim=-1)
+    end = tokens.argmax(dim=1)                                                 # (m,) position of EOT
+    n = int(end.max()) + 1
+    x = tower.token_embedding(tokens[:, :n]) + tower.positional_embedding[:n]  # (m, n, width)
+    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))
+    x = x[torch.arange(len(x), device=x.device), end]                          # (m, width)
+    x = tower.text_projection(x) if callable(tower.text_projection) else x @ tower.text_projection
+    return F.normalize(x.float(), dim=-1)
 
 
 @torch.no_grad()
 def zero_shot_head(clip_model, tokenizer, classnames, templates):
     """W (C, D), unit rows: per class encode every template, normalise each, average, normalise again.
 
-    Source: wise-ft src/models/zeroshot.py; computed by open_clip.build_zero_shot_classifier, which returns (D, C).
+    Source: wise-ft src/models/zeroshot.py; equal to open_clip.build_zero_shot_classifier (which returns (D, C) and
+    encodes all positions). templates: strings with one {}, or functions of the class name.
     """
-    device = next(clip_model.parameters()).device
-    return open_clip.build_zero_shot_classifier(clip_model, tokenizer, classnames, templates, device=device).T.float()
+    device, rows = clip_model.logit_scale.device, []
+    for first in range(0, len(classnames), 10):
+        texts = []
+        for name in classnames[first:first + 10]:
+            texts += [t.format(name) if isinstance(t, str) else t(name) for t in templates]
+        features = encode_texts(clip_model, tokenizer(texts).to(device))
+        mean = features.reshape(-1, len(templates), features.shape[1]).mean(dim=1)
+        rows.append(mean / mean.norm(dim=1, keepdim=True))
+    return torch.cat(rows)
 
 
 class ImageClassifier(nn.Module):
@@ -287,137 +187,1023 @@ class ImageClassifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(head), device=head.device)) if bias else None
         self.register_buffer("scale", torch.as_tensor(float(scale), device=head.device))
 
-    def forward(self, x, head=None):  # `head` (C, D) stands in for self.head
+    def forward(self, x):
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             features = self.visual(x)
         features = F.normalize(features.float(), dim=-1)
-        logits = self.scale * F.linear(features, self.head if head is None else head)
+        logits = self.scale * F.linear(features, self.head)
         return (logits if self.bias is None else logits + self.bias), features
 
 
-def merged(theta_0, theta_1, alpha):
-    """The model with weights (1 - alpha) theta_0 + alpha theta_1: weight-space ensemble, VRF paper Eq. (2).
+def classify(model, images):
+    """Logits (B, C) of an ImageClassifier."""
+    return model(images)[0]
 
-    For 0 < alpha < 1 equal to wise_ft.interpolate, which is the one to audit and copy; here for the other methods.
+
+# ---- Batches: order, augmentation, label space ----
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, 3, H, W) normalised, or ready features (B, D)
+    labels: torch.Tensor  # (B,) int64
+    index: torch.Tensor   # (B,) int64, position in the data set
+    step: int             # optimiser step, for random draws that must be the same on every rank and after a resume
+
+
+class ShuffledEpochs(torch.utils.data.Sampler):
+    """Shuffled epochs end to end, cut into full batches: lists of (epoch, index) for this rank from step `first` on.
+
+    Step t covers positions t G .. (t+1) G - 1 of the stream, G = --batch-size. Its images do not depend on how G is
+    split into parts for ranks and --accum, and a run can go on from any step.
     """
-    a, b = theta_0.state_dict(), theta_1.state_dict()
-    model = copy.deepcopy(theta_1)
-    model.load_state_dict({k: (1 - alpha) * a[k] + alpha * b[k] if b[k].is_floating_point() else b[k] for k in b})
-    return model
+
+    def __init__(self, n, args, first, last):
+        self.n, self.seed, self.first, self.last = n, args.seed, first, last
+        self.parts = args.accum * WORLD
+        self.size = args.batch_size // self.parts
+        self.accum = args.accum
+        self.permutation = functools.lru_cache(2)(self.shuffle)  # an epoch's order, and that of the next
+
+    def shuffle(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n)
+
+    def __len__(self):
+        return (self.last - self.first) * self.accum
+
+    def __iter__(self):
+        for part in range(self.first * self.parts + RANK, self.last * self.parts, WORLD):
+            batch = []
+            for position in range(part * self.size, (part + 1) * self.size):
+                epoch, k = divmod(position, self.n)
+                batch.append((epoch, int(self.permutation(epoch)[k])))
+            yield batch
 
 
-@dataclass
-class Setup:
-    """What every method starts from: checked flags, data, the pre-trained CLIP, its text head W, the run folder."""
-    args: argparse.Namespace
-    data: "Data"
-    clip: nn.Module
-    tokenizer: object
-    head: torch.Tensor  # W (C, D)
-    device: torch.device
-    amp: torch.dtype | None  # None is fp32
-    out: Path = None
-    finetuned: tuple = None  # (theta_0, theta_1) of --finetuned, see load_run()
-    checked: object = None   # what the method's own check(setup) returned
-
-    @property
-    def scale(self):
-        return self.clip.logit_scale.exp().item()  # s
-
-    @property
-    def measure(self):
-        return {name: dataset.metric for name, dataset in self.data.tests.items()}  # ID first
-
-    def fit(self, model, loss_fn, out):
-        """train() on the augmented training images."""
-        images = self.data.train.augmented(self.args.augment, PreprocessCfg(**self.clip.visual.preprocess_cfg),
-                                           self.args.seed)
-        return train(model, images, loss_fn, self.args, out, self.out)
-
-    def classifier(self, folded=False, head=None, own=True):
-        """The zero-shot model theta_0 as an ImageClassifier; own: with a copy of the image tower, ready to be trained."""
-        head = self.head if head is None else head
-        visual = copy.deepcopy(self.clip.visual) if own else self.clip.visual
-        model = ImageClassifier(visual, self.scale * head if folded else head, 1.0 if folded else self.scale,
-                                bias=folded, amp=self.amp)
-        for p in [model.head] if model.bias is None else [model.head, model.bias]:
-            p.requires_grad_(getattr(self.args, "freeze", "none") != "head")
-        if self.args.grad_checkpointing:
-            model.visual.set_grad_checkpointing(True)
-        if self.device.type == "cuda":
-            model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores want
-        return model.to(self.device).eval()
+def batches_of(images, args, first, last, device):
+    """The Batches of steps first .. last - 1 for this rank, --accum of them a step, on the device."""
+    loader = image_loader(images, ShuffledEpochs(len(images), args, first, last), args, device)
+    for i, (pixels, labels, index) in enumerate(loader):
+        x = images.normalized(pixels.to(device, non_blocking=True))
+        yield Batch(x, labels.to(device, non_blocking=True), index, first + i // args.accum)
 
 
-def start(args, check=lambda setup: None):
-    """A Setup. All mistakes come to light here, check(setup) finding the method's own, before the run gets a folder."""
-    torch.manual_seed(args.seed)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise Fail(f"--device {args.device}: this machine has no CUDA GPU that torch can use; use --device cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    kind = args.precision
-    if kind == "auto":
-        kind = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    if kind == "fp16" and device.type == "cpu":
-        raise Fail("--precision fp16: only on a CUDA GPU; use bf16 or fp32 on the CPU")
-    data = load_data(args)
-    clip, tokenizer = load_clip(args, device)
-    preprocess = PreprocessCfg(**clip.visual.preprocess_cfg)
-    for split in [data.train, data.val, *data.tests.values()]:
-        split.transform = image_transform_v2(preprocess, is_train=False)
-    if args.bench_data:
-        bench_data(data.train.augmented(args.augment, preprocess, args.seed), args)
-        sys.exit()
-    head = zero_shot_head(clip, tokenizer, data.classnames, data.templates)
-    setup = Setup(args, data, clip, tokenizer, head, device,
-                  {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind])
-    if args.finetuned != "none":
-        setup.finetuned = load_run(args.finetuned, setup)
-    setup.checked, setup.out = check(setup), run_folder(args)
-    say(f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out images, "
-        f"{len(data.classnames)} classes, tests {', '.join(f'{k} ({len(v)})' for k, v in data.tests.items())}")
-    steps = f"{training_steps(args, len(data.train))} steps of {args.batch_size} x {args.accum} x {WORLD} (batch x " \
-        f"accumulation x ranks) images, lr {args.lr:g}, wd {args.wd:g}, warm-up {args.warmup:g}, clip " \
-        f"{args.grad_clip:g}, augment {args.augment}"
-    say(f"{args.model}, {kind} on {device}; {f'from {args.finetuned}' if setup.finetuned else steps}; seed {args.seed} "
-        f"-> {setup.out}")
-    return setup
+def image_transform(preprocess, augment="none"):
+    """open_clip's transform of a PIL image without its last two steps (to float, normalise): uint8 (3, H, W).
 
+    none: resize and centre crop; crop: RandomResizedCrop of 90-100% of the area, as wise-ft; crop-flip: 8-100%, after
+    a random flip, as Lipsum-FT. normalized() does the last two steps on the device.
+    """
+    if augment == "none":
+        *steps, _, _ = image_transform_v2(preprocess, is_train=False).transforms
+        return transforms.Compose([*steps, transforms.PILToTensor()])
+    smallest = {"crop": 0.9, "crop-flip": 0.08}[augment]
+    *steps, _, _ = image_transform_v2(preprocess, is_train=True, aug_cfg={"scale": (smallest, 1.0)}).transforms
+    flip = [transforms.RandomHorizontalFlip()] if augment == "crop-flip" else []
+    return transforms.Compose([*flip, *steps, transforms.PILToTensor()])
+
+
+def normalized(pixels, preprocess):
+    """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std: the last two steps of open_clip's transform, bit for bit."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    return (pixels.float() / 255 - mean) / std
+
+
+def project(logits, classes):
+    """Logits (B, C) -> (B, C') in a test set's label space, before any softmax: the largest logit of a label's ids.
+
+    classes (C', k): the ids of each label, padded by repeating one; None leaves the logits as they are.
+    """
+    return logits if classes is None else logits[:, classes.to(logits.device)].amax(dim=-1)
+
+
+# ---- Training ----
+
+def training_steps(args, n):
+    """Optimiser steps of a run on n training images."""
+    return args.steps or math.ceil(args.epochs * n / args.batch_size)
+
+
+def learning_rate(step, total, peak, warmup):
+    """Linear warm-up, then cosine to 0 (wise-ft src/models/utils.py). warmup: steps, or below 1 a share of total."""
+    warm = warmup_steps(total, warmup)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def warmup_steps(total, warmup):
+    return int(warmup * total) if warmup < 1 else int(warmup)
+
+
+def optimizer_step(runner, loss_fn, parts, optimizer, scaler, grad_clip):
+    """One step of AdamW on the Batches `parts`; returns the means {name: ()} of their losses, still on the device.
+
+    All of mixed precision that is not in ImageClassifier: losses are scaled (fp16 only), gradients unscaled before
+    they are clipped, and a step whose gradients overflow is left out by the scaler.
+    """
+    means = {}
+    for i, batch in enumerate(parts):
+        waits = WORLD > 1 and i + 1 < len(parts)  # ranks exchange gradients once a step, with the last part
+        with runner.no_sync() if waits else nullcontext():
+            loss, others = loss_fn(runner, batch)
+            scaler.scale(loss / len(parts)).backward()
+        for name, value in {"loss": loss, **others}.items():
+            means[name] = means.get(name, 0) + value.detach() / len(parts)
+    scaler.unscale_(optimizer)
+    if grad_clip:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def train(model, images, held_out, loss_fn, setup, out, predict=classify):
+    """Train `model` in place and return it in eval mode; every step is logged to out/log.jsonl.
+
+    loss_fn(model, Batch) -> (loss (), {name: scalar}) is the method; it must call the `model` it is given, which is
+    the compiled or distributed form of the argument. predict(model, images) -> logits (B, C) is what the accuracy on
+    the held-out images is measured with after every epoch; --keep best returns the weights of the best epoch.
+    out/last.ckpt is written every --save-every minutes, at the end and at SIGTERM or Ctrl-C; if it is there, training
+    goes on from it, on the same CPU bit for bit.
+    """
+    args, device = setup.args, setup.device
+    total = training_steps(args, len(images))
+    runner = trainable(model, args, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=setup.amp == torch.float16)
+    checkpoint = Checkpoint(out / "last.ckpt", model, optimizer, scaler, [total, args.batch_size, len(images)])
+    first, best = checkpoint.load()
+    batches = batches_of(images, args, first, total, device)
+
+    model.train()
+    with stop_signals() as stopped, TrainingLog(out, first, total, images, args) as log:
+        for step in range(first, total):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, args.lr, args.warmup)
+            try:
+                parts = [next(batches) for _ in range(args.accum)]
+            except BrokenImage as error:
+                if WORLD == 1:  # other ranks are not at this point: they keep their last checkpoint
+                    log.read()
+                    checkpoint.save(step, best)
+                raise Fail(f"{error}, then --resume {setup.out}") from None
+            losses = optimizer_step(runner, loss_fn, parts, optimizer, scaler, args.grad_clip)
+            log.add(step, losses, optimizer.param_groups[0]["lr"], parts)
+
+            epoch = (step + 1) * args.batch_size // len(images)
+            ended = epoch > step * args.batch_size // len(images) or step + 1 == total
+            if ended and len(held_out):
+                accuracy = held_out_accuracy(model, held_out, predict, setup)
+                log.held_out(epoch, accuracy)
+                if args.keep == "best" and accuracy > best.get("accuracy", -1):
+                    best = {"accuracy": accuracy, "epoch": epoch, "model": on_cpu(model.state_dict())}
+            if ended or log.due(step, stopped):
+                stop = log.read(stopped)
+                if stop or checkpoint.due(args.save_every) or step + 1 == total:
+                    checkpoint.save(step + 1, best)
+                if stop and step + 1 < total:
+                    raise Fail(f"stopped after step {step + 1} of {total}; --resume {setup.out} continues from there")
+    if best:
+        model.load_state_dict(best["model"])
+        say(f"{out.name}: epoch {best['epoch']} is kept, {best['accuracy']:.2f}% of the held-out images are right")
+    share_buffers(model)
+    return model.eval()
+
+
+def share_buffers(model):
+    """BatchNorm's statistics are of each rank's own images: all ranks take those of rank 0, which saves."""
+    for buffer in model.buffers() if WORLD > 1 else []:
+        dist.broadcast(buffer, 0)
+
+
+def held_out_accuracy(model, held_out, predict, setup):
+    """Accuracy in percent on held-out training images, of the model in eval mode."""
+    share_buffers(model)
+    model.eval()
+    right = collect(lambda x, y: {"right": predict(model, x).argmax(1) == y}, held_out, setup)["right"]
+    model.train()
+    return 100 * right.double().mean().item()
+
+
+# ---- Evaluation ----
+
+@torch.no_grad()
+def collect(function, images, setup):
+    """{name: tensor (N, ...)} of function(images, labels) -> {name: tensor (B, ...)}, in the set's order, on the CPU.
+
+    Each image is read, decoded and moved once. Whole batches are dealt out to the ranks and put back by index.
+    """
+    batches = torch.arange(len(images)).split(EVAL_BATCH)[RANK::WORLD]
+    loader = image_loader(images, [b.tolist() for b in batches], setup.args, setup.device)
+    mine = []
+    for pixels, labels, index in tqdm(loader, images.name, disable=RANK > 0 or None, leave=False):
+        x = images.normalized(pixels.to(setup.device, non_blocking=True))
+        result = function(x, labels.to(setup.device, non_blocking=True))
+        mine.append((int(index[0]), {name: value.cpu() for name, value in result.items()}))
+    found = sorted(gathered(mine), key=operator.itemgetter(0))
+    return {name: torch.cat([result[name] for _, result in found]) for name in found[0][1]}
+
+
+def evaluate(rows, setup):
+    """{row: {test: metrics}} over all test sets, each streamed once.
+
+    rows(images, project) -> {row name: logits or log-probabilities (B, C')}; project() brings logits (B, C) into the
+    test set's label space, before any softmax. each(models) makes such a function.
+    """
+    results = {}
+    for name, images in setup.data.tests.items():
+        def scores(x, labels, images=images):
+            found = {}
+            for row, logits in rows(x, images.project).items():
+                for field, value in image_scores(logits, labels)._asdict().items():
+                    found[row, field] = value
+            return found
+        found = collect(scores, images, setup)
+        for row in dict.fromkeys(row for row, _ in found):
+            own = Scores(*(found[row, field] for field in Scores._fields))
+            results.setdefault(row, {})[name] = metrics(own, images)
+    return results
+
+
+def each(models):
+    """rows() for evaluate(): one row for each {row name: ImageClassifier}."""
+    def rows(images, project):
+        return {name: project(classify(model, images)) for name, model in models.items()}
+    return rows
+
+
+class Scores(NamedTuple):
+    """What the metrics need of each of N images."""
+    confidence: torch.Tensor  # (N,) float64, largest probability
+    predicted: torch.Tensor   # (N,) int64
+    nll: torch.Tensor         # (N,) float64, negative log-likelihood of the label
+
+
+def image_scores(logits, labels):
+    """Scores of logits or log-probabilities (B, C), computed in float64."""
+    log_p = torch.log_softmax(logits.double(), dim=-1)
+    confidence, predicted = log_p.max(dim=1)
+    return Scores(confidence.exp(), predicted, -log_p.gather(1, labels[:, None])[:, 0])
+
+
+def log_mixture(logits_a, logits_b, weight):
+    """log(w softmax(logits_a) + (1 - w) softmax(logits_b)), (B, C), exact however small; weight: number or (B,)."""
+    w = torch.as_tensor(weight, dtype=torch.double, device=logits_a.device).reshape(-1, 1)
+    log_a, log_b = (torch.log_softmax(z.double(), dim=1) for z in (logits_a, logits_b))
+    return torch.logaddexp(w.log() + log_a, (1 - w).log() + log_b)
+
+
+# ---- Metrics ----
+
+def metrics(scores, images):
+    """Accuracy, ECE and the set's own metric in percent, mean NLL in nats, of the Scores of an ImageSet."""
+    correct = scores.predicted == images.labels
+    found = {"acc": 100 * correct.double().mean().item()}
+    if images.metric == "macro_f1":
+        found["macro_f1"] = 100 * macro_f1(scores.predicted, images.labels)
+    if images.groups is not None:
+        found["worst_region"] = 100 * worst_group_accuracy(correct, images.groups)
+    ece = 100 * calibration_error(scores.confidence, correct)
+    return {**found, "nll": scores.nll.mean().item(), "ece": ece, "n": len(images)}
+
+
+def macro_f1(predicted, labels):
+    """Mean of F1_c = 2 TP / (2 TP + FP + FN) over the classes c that occur in labels, in [0, 1]; both arguments (N,).
+
+    As WILDS computes it for iWildCam: a class without an image has no F1 of its own, but an image that is wrongly
+    given to it still counts as a miss of its own class.
+    """
+    f1 = []
+    for c in labels.unique():
+        true_positives = ((predicted == c) & (labels == c)).sum()
+        f1.append(2 * true_positives / ((predicted == c).sum() + (labels == c).sum()))
+    return torch.stack(f1).double().mean().item()
+
+
+def worst_group_accuracy(correct, groups):
+    """Smallest accuracy, in [0, 1], of the groups that occur in groups (N,); -1 is no group; correct (N,) bool.
+
+    As WILDS computes FMoW's worst region. NaN if no image has a group.
+    """
+    present = [g for g in groups.unique().tolist() if g >= 0]
+    return min((correct[groups == g].double().mean().item() for g in present), default=math.nan)
+
+
+def expected_calibration_error(probs, labels, bins=15):
+    """ECE in [0, 1] of probabilities (N, C) and labels (N,): the confidence is the largest probability."""
+    confidence, predicted = probs.max(dim=1)
+    return calibration_error(confidence, predicted == labels, bins)
+
+
+def calibration_error(confidence, correct, bins=15):
+    """Sum over equal-width bins of confidence of (share of images) * |accuracy - mean confidence| (Guo et al. 2017,
+    Eq. 3). Bin b of 1..bins holds confidences in ((b-1)/bins, b/bins]."""
+    which = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, which, correct.double() - confidence.double())
+    return (gap.abs().sum() / len(confidence)).item()
+
+
+def id_ood(tests, measure):
+    """(ID, mean of the shifts or None) of one row's {test: metrics}; measure: {test: its metric}, ID first."""
+    in_distribution, *shifts = [tests[name][metric] for name, metric in measure.items()]
+    return in_distribution, float(np.mean(shifts)) if shifts else None
+
+
+# ======================================== Part 2: files of a run ========================================
 
 def run_folder(args):
     """A new folder for the run, or the one to resume. A folder that holds a run is never written over."""
     if args.resume != "none":
+        say(f"resuming {args.resume}")
         return Path(args.resume)
-    default = Path(f"runs/{args.method}-{args.data}-s{args.seed}")
-    out = default if args.out == "runs/METHOD-DATA-sSEED" else Path(args.out)
-    chosen = [None]
+    chosen = None
     if RANK == 0:  # rank 0 chooses
-        number = 2
-        while out.exists() and args.out == "runs/METHOD-DATA-sSEED":
-            out, number = Path(f"{default}-{number}"), number + 1
+        default = f"runs/{args.method}-{args.data}-s{args.seed}"
+        out, count = Path(default if args.out == DEFAULT_OUT else args.out), 2
+        while out.exists() and args.out == DEFAULT_OUT:
+            out, count = Path(f"{default}-{count}"), count + 1
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "args.json", vars(args))
-            chosen = [out]
+            chosen = out
+    chosen = broadcast(chosen)
+    if chosen is None:
+        raise Fail(f"--out {args.out}: exists and is not empty; --resume {args.out} continues a run, another --out "
+                   "starts one")
+    say(f"run folder {chosen}")
+    return chosen
+
+
+def describe_run(setup):
+    """Data, model and recipe of a run in two lines."""
+    args, data = setup.args, setup.data
+    tests = ", ".join(f"{name} ({len(images)})" for name, images in data.tests.items())
+    if args.finetuned != "none":
+        recipe = f"from {args.finetuned}"
+    else:
+        recipe = (f"{training_steps(args, len(data.train))} steps of {args.batch_size} images ({WORLD} ranks, {args.accum} "
+                  f"parts), lr {args.lr:g}, wd {args.wd:g}, warm-up {args.warmup:g}, clip {args.grad_clip:g}, augment "
+                  f"{args.augment}, keep {args.keep}")
+    return (f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out images, "
+            f"{len(data.classnames)} classes, tests {tests}\n"
+            f"{args.model}, {args.precision} on {setup.device}; {recipe}; seed {args.seed}")
+
+
+# ---- Devices and ranks ----
+
+def compute_device(args):
+    """(device, dtype of the towers or None for fp32) of --device and --precision; --precision auto is replaced."""
+    kind = args.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise Fail(f"--device {args.device}: rank {local} of this machine has no CUDA GPU, torch sees "
+                       f"{torch.cuda.device_count()}; start fewer ranks, or use --device cpu")
+        torch.cuda.set_device(local)
+        if args.precision == "auto":
+            args.precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        if args.precision == "bf16" and not torch.cuda.is_bf16_supported(False):
+            raise Fail("--precision bf16: this GPU has no bf16; use fp16 or fp32")
+        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise Fail("--device mps: torch sees no Apple GPU; use --device cpu")
+    if args.precision == "auto":
+        args.precision = "fp32"
+    if (args.precision, kind) in (("fp16", "cpu"), ("fp16", "mps"), ("bf16", "mps")):
+        raise Fail(f"--precision {args.precision}: not on {kind}; use fp32" + " or bf16" * (kind == "cpu"))
+    amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind), amp
+
+
+def broadcast(value):
+    """Rank 0's value on every rank."""
+    values = [value]
     if WORLD > 1:
-        dist.broadcast_object_list(chosen)
-    if chosen[0] is None:
-        raise Fail(f"--out {out}: exists and is not empty; --resume {out} continues a run, another --out starts one")
-    return chosen[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
-# ------------------------------------------------------ data ------------------------------------------------------
+def gathered(mine):
+    """The items of every rank's list."""
+    if WORLD == 1:
+        return mine
+    lists = [None] * WORLD
+    dist.all_gather_object(lists, mine)
+    return [item for items in lists for item in items]
 
-BAD_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a broken file
+
+def trainable(model, args, device):
+    """`model` in the form that loss functions call: gradients are exchanged between ranks; compiled if asked for."""
+    if args.grad_checkpointing:
+        for module in model.modules():
+            if module is not model and hasattr(module, "set_grad_checkpointing"):
+                module.set_grad_checkpointing(True)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores want
+    runner = model
+    if WORLD > 1:
+        runner = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return torch.compile(runner) if args.compile else runner
+
+
+def image_loader(images, batches, args, device):
+    """A DataLoader over the batches of indices; --workers -1: this machine's cores over the ranks on it."""
+    workers = args.workers
+    if workers < 0:
+        workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if images.on_disk else 0
+    return torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers,
+                                       pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
+
+
+def ignore_interrupts(_):
+    """Ctrl-C reaches all processes of a terminal, but the main one still needs the workers for its last step. (SIGTERM
+    must keep working: it is how Python ends workers at exit.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def stop_signals():
+    """stopped() -> bool: whether SIGTERM or Ctrl-C came since."""
+    came, signals = [], (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(s, lambda *_: came.append(True)) for s in signals]
+    try:
+        yield lambda: bool(came)
+    finally:
+        for s, handler in zip(signals, before):
+            signal.signal(s, handler)
+
+
+# ---- Checkpoints and logs ----
+
+class Checkpoint:
+    """last.ckpt: all that training from a step on depends on; data order and random draws follow from the step.
+
+    stream: [steps, images a step, training images]; a run goes on only with the same.
+    """
+
+    def __init__(self, path, model, optimizer, scaler, stream):
+        self.path, self.stream, self.saved = path, stream, time.time()
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+
+    def due(self, minutes):
+        return time.time() - self.saved >= 60 * minutes
+
+    def save(self, step, best):
+        """On rank 0, atomically: training goes on from `step`; best: weights and accuracy for --keep best."""
+        self.saved = time.time()
+        if RANK > 0:
+            return
+        weights = self.model.state_dict()
+        if not all(v.isfinite().all() for v in weights.values()):
+            raise Fail(f"step {step}: the weights are not finite, {self.path} is not written; lower --lr")
+        with atomic(self.path) as file:
+            torch.save({"step": step, "best": best, "stream": self.stream, "model": weights,
+                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
+
+    def load(self):
+        """(step to go on from, best); (0, {}) if there is no checkpoint. Loading runs no code from the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_file():
+            return 0, {}
+        try:
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            if found["stream"] != self.stream:
+                raise Fail(f"{self.path}: its run has {found['stream']} steps, images a step and training images, this one "
+                           f"{self.stream}; resume with the same images")
+            self.model.load_state_dict(found["model"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.scaler.load_state_dict(found["scaler"])
+            return found["step"], found["best"]
+        except (Fail, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch.load raises a dozen types for a torn or foreign file
+            raise Fail(f"{self.path}: not a checkpoint of this model ({first_line(error)})") from None
+
+
+def on_cpu(state):
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+class TrainingLog:
+    """log.jsonl with a line a step; a progress bar in a terminal, a line a minute elsewhere.
+
+    Losses stay on the device until read(): a step does not wait for the host.
+    """
+
+    def __init__(self, out, first, total, images, args):
+        self.out, self.first, self.total, self.images, self.args = out, first, total, images, args
+        self.unread = []  # (line without losses, {name: ()}, indices) of each step since the last read()
+        self.window = self.shown = self.added = time.time()
+        self.rate = 0.0
+
+    def __enter__(self):
+        self.file = open_log(self.out / "log.jsonl", self.first)
+        self.bar = tqdm(total=self.total, initial=self.first, desc=self.out.name, disable=RANK > 0 or None)
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, error, *_):
+        self.bar.close()
+        self.file.close()
+        if error is None and self.total > self.first:
+            say(f"{self.out.name}: {self.total} steps, {self.rate:.1f} images/s, peak memory {peak_memory():.2f} GiB")
+
+    def add(self, step, losses, lr, parts):
+        self.unread.append(({"step": step, "lr": lr}, losses, torch.cat([batch.index for batch in parts])))
+        self.added = time.time()
+        self.bar.update()
+
+    def held_out(self, epoch, accuracy):
+        """Accuracy after an epoch, in the line of its last step."""
+        self.unread[-1][0].update(epoch=epoch, held_out_acc=accuracy)
+        self.window += time.time() - self.added  # images/s are of training alone
+        if RANK == 0:
+            self.bar.write(f"{self.out.name}: epoch {epoch}, {accuracy:.2f}% of the held-out images are right",
+                           file=sys.stderr)
+
+    def due(self, step, stopped):
+        """Whether to read() after this step: at steps that all ranks know, and alone also when something waits."""
+        waits = stopped() or time.time() - self.window >= 60 * min(1, self.args.save_every)
+        return (step + 1) % READ_EVERY == 0 or (WORLD == 1 and waits)
+
+    def read(self, stopped=lambda: False):
+        """Write the lines of all unread steps; Fail on a loss that is not finite. Returns whether any rank stops."""
+        stop = torch.tensor(float(stopped()))
+        if not self.unread:
+            return bool(stop)
+        values = torch.stack([torch.stack([v.float() for v in losses.values()]) for _, losses, _ in self.unread])
+        if WORLD > 1:
+            stop = stop.to(values.device)
+            dist.all_reduce(values)
+            dist.all_reduce(stop)
+        now = time.time()
+        self.rate = self.args.batch_size * len(self.unread) / (now - self.window)
+        for row, (line, losses, index) in zip(values.tolist(), self.unread):
+            line |= {name: value / WORLD for name, value in zip(losses, row)}
+            self.file.write(json.dumps({**line, "images_per_s": round(self.rate, 1)}) + "\n")
+            if not math.isfinite(line["loss"]):
+                self.name_images(line, index)
+        self.file.flush()
+        self.unread, self.window = [], now
+        if self.bar.disable and now - self.shown >= 60:
+            left = (self.total - line["step"] - 1) * self.args.batch_size / self.rate
+            say(f"{self.out.name}: step {line['step'] + 1} of {self.total}, loss {line['loss']:.4f}, "
+                f"{self.rate:.1f} images/s, {left / 60:.0f} minutes left", file=sys.stderr)
+            self.shown = now
+        return bool(stop)
+
+    def name_images(self, line, index):
+        """Stop at a loss that is not finite, with a file that names the step's images on this rank."""
+        files = self.out / f"nonfinite-step{line['step']}-rank{RANK}.txt"
+        files.write_text("".join(f"{self.images.describe(i)}\n" for i in index.tolist()))
+        raise Fail(f"step {line['step']}: the loss is {line['loss']}; the step's images are listed in {files}; lower --lr "
+                   "or repair them; last.ckpt, if written, is of an earlier step")
+
+
+def open_log(path, first):
+    """log.jsonl opened for writing at step `first`: lines of steps that the checkpoint does not hold are dropped."""
+    if RANK > 0:
+        return open(os.devnull, "w")
+    kept = [line for line in read_lines(path) if line.endswith("}") and json.loads(line)["step"] < first]
+    log = open(path, "w", encoding="utf-8")
+    log.writelines(line + "\n" for line in kept)
+    return log
+
+
+def peak_memory():
+    """GiB: of the GPU since training began, else of the process; NaN where the system does not tell."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ---- Reading and writing ----
+
+@contextmanager
+def atomic(path):
+    """A file beside `path` to write to, moved over it when it is whole: an interrupted write leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise Fail(f"{path}: could not be written ({first_line(error)}); the last good one is kept") from None
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    with atomic(path) as file:
+        file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path, what, pairs=False):
+    """JSON of a file; pairs: objects as lists of (key, value), which keeps keys that occur twice."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list if pairs else None)
+    except OSError as error:
+        raise Fail(f"{path}: not found or not readable, so this is not {what} ({error.strerror})") from None
+    except ValueError as error:
+        raise Fail(f"{path}: not valid JSON ({error})") from None
+
+
+def save_tensors(path, tensors, about=None):
+    """safetensors, written atomically; about: JSON beside them."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic(path) as file:
+        save_file(tensors, file, metadata={"about": json.dumps(about)})
+
+
+def load_tensors(path):
+    """(tensors, about) of save_tensors(). safetensors hold numbers only: loading one cannot run code."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Fail(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def collect_once(function, models, images, setup, folder):
+    """collect(), kept in folder/cache under a hash of the models' weights and the data listing.
+
+    Other weights, files or preprocessing give another name, so that a stale result cannot be read. `function` must
+    be the only one used with these models and this data set.
+    """
+    path = None
+    if RANK == 0:
+        about = (images.transform, images.preprocess, images.border, images.classes, setup.amp, setup.device.type)
+        digest = hashlib.sha256(repr(about).encode())
+        for model in models:
+            for name, tensor in model.state_dict().items():
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(images.images.tobytes() + images.labels.numpy().tobytes())
+        if images.on_disk:
+            stats = [os.stat(file) for file in images.images]
+            digest.update(np.array([(s.st_size, s.st_mtime_ns) for s in stats]).tobytes())
+        writable = setup.out if folder.exists() and not os.access(folder, os.W_OK) else folder  # another's run
+        path = writable / "cache" / f"{images.name}-{digest.hexdigest()[:16]}.safetensors"
+    path, known = broadcast((path, path is not None and path.is_file()))
+    if known:
+        return load_tensors(path)[0]
+    result = collect(function, images, setup)
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, result)
+    return result
+
+
+def features_once(model, images, setup, folder):
+    """Unit features (N, D) of a set's un-augmented images, computed once."""
+    def features(x, labels):
+        return {"features": model(x)[1]}
+    return collect_once(features, [model], images, setup, folder)["features"]
+
+
+def train_features(model, setup, folder):
+    """features_once() of the training images: only fit() augments them."""
+    return features_once(model, setup.data.train, setup, folder)
+
+
+def evaluate_first(rows, setup):
+    """evaluate() before the first step, printed: a wrong tree or prompt shows within minutes. A resumed run reads it."""
+    path = setup.out / "zero-shot.json"
+    if broadcast(path.is_file()):
+        return read_json(path, "the zero-shot row of a run")
+    results = evaluate(rows, setup)
+    for row, tests in results.items():
+        say(f"{row}: " + ", ".join(f"{test} {tests[test][metric]:.2f}" for test, metric in setup.measure.items()))
+    if RANK == 0:
+        write_json(path, results)
+    return results
+
+
+# ---- Saved models ----
+
+def save_run(setup, model, out, head={}, text={}):
+    """An open_clip local directory (open_clip.create_model_and_transforms("local-dir:OUT")) and head.safetensors.
+
+    head: further tensors for head.safetensors; text: tensors of a tuned text tower, by their open_clip names.
+    """
+    if RANK > 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    visual = {f"visual.{k}": v for k, v in model.visual.state_dict().items()}
+    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **text, **visual})
+    write_json(out / "open_clip_config.json", {"model_cfg": model_config(setup.args),
+                                               "preprocess_cfg": setup.clip.visual.preprocess_cfg})
+    part = {} if out == setup.out else {"part_of": str(setup.out.resolve())}
+    write_json(out / "args.json", {**vars(setup.args), **part})
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    save_tensors(out / "head.safetensors", {**own, **head}, {"classnames": setup.data.classnames})
+
+
+def model_config(args):
+    """open_clip's configuration of --model."""
+    name = clip_name(args)
+    if name.startswith("local-dir:"):
+        return read_json(Path(name[10:], "open_clip_config.json"), "an open_clip folder")["model_cfg"]
+    if name.startswith("hf-hub:"):
+        from open_clip.factory import _get_hf_config  # the public functions build the model and drop its config
+        return _get_hf_config(name[7:])["model_cfg"]
+    return open_clip.get_model_config(name)
+
+
+def clip_name(args):
+    """What open_clip calls --model: the embedded tiny CLIP is a local directory."""
+    return f"local-dir:{shapes_clip(args.pretrain_seed)}" if args.model == "shapes-clip" else args.model
+
+
+def load_clip(args, device):
+    """(open_clip model in eval mode, tokenizer), from a name and tag, hf-hub:, local-dir: or the embedded tiny CLIP.
+
+    Weights trained with QuickGELU in a model without it lose accuracy silently; open_clip warns, here it is an error.
+    The parameters keep requires_grad=True although nothing trains them in place: without it matmul takes a path
+    that copies the weights for each sample (a ViT-B/16 bf16 forward on CPU became 6x slower).
+    """
+    name, tag = clip_name(args), args.pretrained
+    if name.startswith("local-dir:") and not Path(name[10:], "open_clip_config.json").is_file():
+        raise Fail(f"--model {name}: no open_clip_config.json in that folder")
+    if ":" not in name:
+        if name not in open_clip.list_models():
+            raise Fail(f"--model {name}: not an open_clip model; {nearest(name, open_clip.list_models())}or hf-hub:ORG/NAME "
+                       "or local-dir:PATH")
+        known = open_clip.list_pretrained_tags_by_model(name)
+        if tag not in known and not Path(tag).is_file():
+            raise Fail(f"--pretrained {tag}: not a weights file and not a tag of {name}, which has "
+                       f"{', '.join(known) or 'none'}")
+        model_quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
+        if tag in known and bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu")) != model_quick:
+            other = name.removesuffix("-quickgelu") if model_quick else f"{name}-quickgelu"
+            raise Fail(f"--model {name} --pretrained {tag}: weights and model differ in QuickGELU; use --model {other}")
+        if tag not in known:
+            say_activation(tag, args)
+    try:
+        clip_model = open_clip.create_model(name, pretrained=None if ":" in name else tag, device=device,
+                                            require_pretrained=True)
+        return clip_model.eval(), open_clip.get_tokenizer(name)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # open_clip and the hub raise a dozen types for a missing file, network or key
+        raise Fail(f"--model {args.model} --pretrained {tag}: the weights could not be loaded ({first_line(error)}); "
+                   "without internet copy them here and use local-dir:PATH or a weights file") from None
+
+
+def say_activation(file, args):
+    """A weights file does not tell which activation it was trained with."""
+    kind = "QuickGELU" if model_config(args).get("quick_gelu") else "GELU"
+    say(f"{file}: assumed to be trained with {kind}, as --model {args.model} has; OpenAI's weights and those tuned from "
+        "them have QuickGELU")
+
+
+def shrink_vocabulary(clip_model, tokens):
+    """Leave in the token embedding the rows that `tokens` use: an optimiser would spend its time on 49,408 of them.
+
+    Returns (used ids (U,), tokens by row); ids keep their order, so that EOT stays the largest.
+    """
+    tower = getattr(clip_model, "text", clip_model)
+    used, rows = tokens.unique(return_inverse=True)
+    tower.token_embedding = nn.Embedding.from_pretrained(tower.token_embedding.weight.detach()[used], freeze=False)
+    return used, rows
+
+
+class SavedModel(NamedTuple):
+    """What a finished run left of a model, from its folder alone."""
+    model: ImageClassifier
+    classnames: list
+    preprocess: PreprocessCfg
+    tensors: dict  # of head.safetensors
+
+
+def load_saved(folder, device, amp):
+    """The SavedModel of a run's folder (or of the subfolders of one)."""
+    if not (folder / "head.safetensors").is_file():
+        raise Fail(f"--finetuned {folder}: no model there (head.safetensors), so this is not a finished run")
+    tensors, about = load_tensors(folder / "head.safetensors")
+    try:
+        clip_model = open_clip.create_model(f"local-dir:{folder}", device=device).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise Fail(f"{folder}: not a finished run, its model cannot be loaded ({first_line(error)})") from None
+    model = ImageClassifier(clip_model.visual, tensors["head"].to(device), tensors["scale"], "bias" in tensors, amp)
+    if "bias" in tensors:
+        model.bias.data = tensors["bias"].to(device)
+    return SavedModel(model.to(device).eval(), about["classnames"], PreprocessCfg(**clip_model.visual.preprocess_cfg),
+                      tensors)
+
+
+def load_finetuned(setup):
+    """(theta_0, theta_1): the zero-shot model in the head convention of --finetuned, and the model that it names.
+
+    --finetuned is a finished run, an open_clip local-dir or a state dict of an open_clip / CLIP model (both: the head
+    is made by its own text tower), or a state dict of wise-ft's ImageClassifier.
+    """
+    path = Path(setup.args.finetuned)
+    head_0 = setup.head
+    if (path / "head.safetensors").is_file():
+        tensors, about = load_tensors(path / "head.safetensors")
+        if about["classnames"] != setup.data.classnames:
+            raise Fail(f"--finetuned {path}: its head has the classes {about['classnames'][:3]}..., the data has "
+                       f"{setup.data.classnames[:3]}...")
+        head_0 = tensors.get("head_0", setup.head).to(setup.device)  # of a run with prompts of its own
+        weights = load_tensors(path / "open_clip_model.safetensors")[0]
+        head = {name: tensors[name] for name in ("head", "bias", "scale") if name in tensors}
+    else:
+        weights = foreign_weights(path, setup)
+        head = foreign_head(weights, setup)
+    theta_0 = setup.classifier("bias" in head, head_0)
+    theta_1 = copy.deepcopy(theta_0)
+    visual = {name: value for name, value in weights.items() if name.startswith("visual.")}
+    try:
+        theta_1.load_state_dict({**visual, **head})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise Fail(f"--finetuned {path}: not a run or model of {setup.args.model} ({reason}); give its --model") from None
+    return theta_0, theta_1
+
+
+def foreign_weights(path, setup):
+    """State dict, by open_clip's names, of an open_clip local-dir, a CLIP state dict or one of wise-ft's classifier."""
+    try:
+        if path.is_dir():
+            return open_clip.create_model(f"local-dir:{path}").state_dict()
+        weights = open_clip.factory.load_state_dict(str(path))  # unwraps "state_dict" and "module."
+        say_activation(path, setup.args)
+        return {name.removeprefix("image_encoder.model."): value for name, value in weights.items()}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a pickle that names code, a torn file, a model of another kind
+        raise Fail(f"--finetuned {path}: not a state dict or open_clip folder ({first_line(error)}); a pickled model is "
+                   "converted where it was trained: torch.save(torch.load('MODEL.pt', weights_only=False).state_dict(), "
+                   "'STATE.pt')") from None
+
+
+def foreign_head(weights, setup):
+    """{head, scale[, bias]} of foreign_weights(): wise-ft's own (folded), or that of the model's text tower (unit)."""
+    one = torch.tensor(1.0)
+    if "classification_head.weight" in weights:
+        found = {"head": weights["classification_head.weight"], "bias": weights["classification_head.bias"]}
+        return {**found, "scale": one}
+    tuned = copy.deepcopy(setup.clip)
+    known = {name: value for name, value in weights.items() if name in tuned.state_dict()}
+    try:
+        tuned.load_state_dict(known, strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise Fail(f"--finetuned {setup.args.finetuned}: not a model of {setup.args.model} ({reason}); give its "
+                   "--model") from None
+    head = zero_shot_head(tuned, setup.tokenizer, setup.data.classnames, setup.data.templates)
+    return {"head": head, "scale": one * tuned.logit_scale.exp().item()}
+
+
+# ---- Predictions ----
+
+class FilesToPredict(torch.utils.data.Dataset):
+    """path -> (path, uint8 (3, H, W), None), or (path, None, the reason why it cannot be read)."""
+
+    def __init__(self, root, transform):
+        self.files, self.transform = [], transform
+        for folder, _, names in sorted(os.walk(root)):
+            self.files += [os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(IMG_EXTENSIONS)]
+        if not self.files:
+            raise Fail(f"--predict {root}: no folder with images in it")
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            return self.files[i], self.transform(read_image(self.files[i])), None
+        except BrokenImage as error:
+            return self.files[i], None, str(error)
+
+
+@torch.no_grad()
+def predict_folder(args, saved, device, probabilities):
+    """One line an image of --predict on stdout: path, class, probability and what `probabilities` adds.
+
+    probabilities(images) -> (probs (B, C), *further columns (B,)). Broken images are named on stderr and left out.
+    """
+    files = FilesToPredict(args.predict, image_transform(saved.preprocess))
+    workers = args.workers if args.workers >= 0 else os.cpu_count()
+    loader = torch.utils.data.DataLoader(files, 32, num_workers=workers, collate_fn=list)
+    for items in loader:
+        for path, _, reason in items:
+            if reason:
+                print(f"left out: {reason}", file=sys.stderr)
+        read = [(path, pixels) for path, pixels, reason in items if not reason]
+        if not read:
+            continue
+        x = normalized(torch.stack([pixels for _, pixels in read]).to(device), saved.preprocess)
+        probs, *columns = probabilities(x)
+        confidence, predicted = probs.max(dim=1)
+        for i, (path, _) in enumerate(read):
+            numbers = "".join(f"\t{column[i]:.4f}" for column in [confidence, *columns])
+            print(f"{path}\t{saved.classnames[predicted[i]]}{numbers}", flush=True)
+
+
+def predict(args):
+    """--predict with the model of --finetuned."""
+    device, amp = compute_device(args)
+    saved = load_saved(Path(args.finetuned), device, amp)
+    predict_folder(args, saved, device, lambda images: (classify(saved.model, images).softmax(dim=1),))
+
+
+# ---- Tables and figures ----
+
+def print_table(rows, setup):
+    """The rows of finish(): ID, mean of the shifts and each shift in the set's metric, then NLL and ECE."""
+    measure = setup.measure
+    id_test, *shifts = measure
+    names = {"acc": "Accuracy", "macro_f1": "Macro-F1", "worst_region": "Worst-region accuracy"}
+    shown = []
+    for metric in dict.fromkeys(measure.values()):
+        tests = ", ".join(test for test in measure if measure[test] == metric)
+        shown.append(names[metric] if len(set(measure.values())) == 1 else f"{names[metric]} ({tests})")
+    say(f"\nsaved to {setup.out}. {' and '.join(shown)} in percent; OOD: mean of the shifts; NLL and ECE: ID, then mean "
+        "of shifts.\n")
+    wide = max(len(row["name"]) for row in rows) + 1
+    header = [id_test, "OOD", *shifts, "NLL", "NLL ood", "ECE", "ECE ood"]
+    say(" " * wide + "".join(f"{title[:9]:>10}" for title in header))
+    for row in rows:
+        tests = row["tests"]
+        cells = [row["id"], row["ood"]] + [tests[shift][measure[shift]] for shift in shifts]
+        for metric in ("nll", "ece"):
+            cells += id_ood(tests, dict.fromkeys(measure, metric))
+        say(f"{row['name']:<{wide}}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells))
+
+
+def pyplot():
+    """matplotlib.pyplot on rank 0, or None with a hint."""
+    if RANK > 0:
+        return None
+    try:
+        import matplotlib
+    except ImportError:
+        return say("no figures: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def plot_plane(points, curves, measure, path):
+    """ID accuracy against mean shift accuracy: a marker for each {name: (ID, OOD)}, a line for each {name: [(ID, OOD)]}."""
+    plt = pyplot()
+    if plt is None or len(measure) < 2:
+        return
+    figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for name, values in curves.items():
+        ax.plot(*zip(*values), "-o", markersize=4, label=name)
+    for (name, value), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
+        ax.plot(*value, marker, markersize=10, linestyle="none", label=name)
+    ax.set(xlabel=f"{next(iter(measure))} (ID), %", ylabel=f"mean of {len(measure) - 1} shifts (OOD), %")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# =========================================== Part 3: data ===========================================
+
+class BrokenImage(Exception):
+    """A file that cannot be read as an image, in one sentence."""
+
+    def __init__(self, message):  # a data-loader worker wraps the sentence in its traceback: unwrap it
+        super().__init__(str(message).strip().rsplit("common.BrokenImage: ", 1)[-1])
+
+
+def read_image(path):
+    """RGB image of a file; BrokenImage if it is none. Transparency is dropped, as open_clip's transform does."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+        raise BrokenImage(f"{path}: cannot be read as an image ({str(error)[:100]}); repair it, or put another image "
+                          "of its class in its place") from None
+
+
+def file_paths(paths):
+    """One byte array (N,): a list of a million strings is copied into every worker, as their counts change."""
+    return np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
 
 
 class ImageSet(torch.utils.data.Dataset):
-    """Labelled images: item -> (image, label, index).
+    """Labelled images: index or (epoch, index) -> (uint8 image (3, H, W), label, index), once prepare() was called.
 
-    images: list of file paths, uint8 array (N, H, W, 3), or float tensor of ready features (N, D).
+    images: byte array (N,) of file_paths(), or uint8 array (N, H, W, 3).
     classes: what logits of all C classes become in this set's label space, before any softmax: None, or a list
     with the ids of each label; the largest logit among a label's ids counts.
     metric: the one of metrics() that tables and means show. groups: (N,) int, the group of each image, -1 is none.
@@ -425,72 +1211,63 @@ class ImageSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, name, images, labels, classes=None, metric="acc", groups=None, border=0):
-        self.name, self.images, self.labels = name, images, torch.as_tensor(np.asarray(labels)).long()
-        self.metric, self.border = metric, border
+        self.name, self.images, self.metric, self.border = name, images, metric, border
+        self.labels = torch.as_tensor(np.asarray(labels)).long()
         self.groups = None if groups is None else torch.as_tensor(groups)
-        self.transform, self.seed = None, None
+        self.transform = self.preprocess = self.seed = None
         if classes is not None:  # pad each label's ids with its first, which leaves the maximum alone
             width = max(map(len, classes))
             classes = torch.tensor([list(ids) + [ids[0]] * (width - len(ids)) for ids in classes])
         self.classes = classes
+
+    @property
+    def on_disk(self):
+        return self.images.dtype.kind == "S"
+
+    def prepare(self, preprocess):
+        """Set how images are resized, cropped and normalised: an open_clip PreprocessCfg."""
+        self.preprocess, self.transform = preprocess, image_transform(preprocess)
+
+    def augmented(self, kind, seed):
+        """A copy for training whose random draws depend on (seed, epoch, image) alone."""
+        other = copy.copy(self)
+        if kind != "none":
+            other.transform, other.seed = image_transform(self.preprocess, kind), seed
+        return other
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, item):
         epoch, i = item if isinstance(item, tuple) else (0, item)
-        image, label = self.images[i], self.labels[i]
-        if isinstance(image, torch.Tensor):
-            return image, label, i
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else self.read(image)
+        image = read_image(os.fsdecode(self.images[i])) if self.on_disk else Image.fromarray(self.images[i])
         if self.border:
             image = ImageOps.crop(image, self.border)
         if self.seed is None:
-            return self.transform(image), label, i
-        # The random draws of an image depend on (seed, epoch, image) alone: not on workers, ranks or a resume.
+            return self.transform(image), self.labels[i], i
         generator = torch.default_generator
         state = generator.get_state()
         generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
         try:
-            return self.transform(image), label, i
+            return self.transform(image), self.labels[i], i
         finally:
             generator.set_state(state)
 
-    @staticmethod
-    def read(path):
-        try:
-            with Image.open(path) as image:
-                image.load()
-                if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
-        except BAD_IMAGE as error:
-            raise Fail(f"{path}: cannot be read as an image ({str(error)[:100]}); repair it, remove it or pass "
-                       "--skip-bad-images") from None
-
-    def describe(self, i):
-        return str(self.images[i]) if isinstance(self.images, list) else f"{self.name}[{i}]"
+    def normalized(self, pixels):
+        return normalized(pixels, self.preprocess)
 
     def project(self, logits):
-        """Logits (B, C) -> (B, C') in this set's label space."""
-        return logits if self.classes is None else logits[:, self.classes.to(logits.device)].amax(-1)
+        return project(logits, self.classes)
+
+    def describe(self, i):
+        return os.fsdecode(self.images[i]) if self.on_disk else f"{self.name}[{i}]"
 
     def subset(self, indices, name=None):
-        other, chosen = copy.copy(self), torch.as_tensor(indices, dtype=torch.long)  # also if there are none
-        other.name = name or self.name
-        other.images = [self.images[i] for i in indices] if isinstance(self.images, list) else self.images[chosen]
-        other.labels = self.labels[chosen]
-        other.groups = None if self.groups is None else self.groups[chosen]
-        return other
-
-    def augmented(self, kind, preprocess, seed):
-        """A copy for training: crop as in wise-ft (RandomResizedCrop 0.9-1), crop-flip as in Lipsum-FT (0.08-1)."""
+        """A new set of the images at these indices."""
+        chosen = np.asarray(indices, dtype=np.int64)  # also if there are none
         other = copy.copy(self)
-        if kind != "none":
-            low = {"crop": 0.9, "crop-flip": 0.08}[kind]
-            crop = image_transform_v2(preprocess, is_train=True, aug_cfg={"scale": (low, 1.0)})
-            flip = [transforms.RandomHorizontalFlip()] if kind == "crop-flip" else []
-            other.transform, other.seed = transforms.Compose(flip + [crop]), seed
+        other.name, other.images, other.labels = name or self.name, self.images[chosen], self.labels[chosen]
+        other.groups = None if self.groups is None else self.groups[chosen]
         return other
 
 
@@ -500,74 +1277,51 @@ class Data:
     classnames: list
     templates: list
     train: ImageSet
-    val: ImageSet
-    tests: dict  # name -> ImageSet; the first is the in-distribution (ID) test, all others are shifts (OOD)
-    descriptions: object = None  # concept descriptions for DRM: (key, value) pairs of any shape that drm.py accepts
-    skipped: dict = field(default_factory=dict)  # --skip-bad-images: path -> reason
+    val: ImageSet | None  # None: load_data() holds out training images
+    tests: dict           # name -> ImageSet; the first is the in-distribution (ID) test, all others are shifts (OOD)
+    descriptions: object = None  # (key, value) pairs of a descriptions.json
 
 
 def load_data(args):
-    """--data -> Data, with --tests, --limit, --holdout and --shots applied.
-
-    The images of a folder are all decoded once, so that a broken one is named now and not after hours of training;
-    --skip-bad-images does so for any data set and leaves the broken ones out.
-    """
+    """--data -> Data, with --tests, --limit, --holdout and --shots applied."""
     data = DATA[args.data](Path(args.data_dir).expanduser(), args)
-    if args.tests != "all":
-        wanted = args.tests.split(",")
-        unknown = [t for t in wanted if t not in data.tests]
-        if unknown:
-            raise Fail(f"--tests {unknown[0]}: no such test set on disk; {args.data} has {', '.join(data.tests)}")
-        id_test = next(iter(data.tests))
-        data.tests = {k: v for k, v in data.tests.items() if k in (id_test, *wanted)}
-    if args.data == "folder" or args.skip_bad_images:
-        splits = [x for x in (data.train, data.val, *data.tests.values()) if x and isinstance(x.images, list)]
-        data.skipped = unreadable([path for split in splits for path in split.images])
-        for path in data.skipped:
-            if not args.skip_bad_images:
-                ImageSet.read(path)  # fails with the reason
-            say(f"--skip-bad-images: {path} ({data.skipped[path]})")
-        for split in splits if data.skipped else []:
-            kept = [i for i, path in enumerate(split.images) if path not in data.skipped]
-            lost = set(split.labels.tolist()) - set(split.labels[kept].tolist())
-            if lost and split is data.train:
-                raise Fail(f"--skip-bad-images: no readable training image of class '{data.classnames[min(lost)]}' is left")
-            if not kept:
-                raise Fail(f"--skip-bad-images: no readable image is left in {split.name}")
-            split.__dict__ = split.subset(kept).__dict__
     if args.limit:
-        data.train, data.val = spread(data.train, args.limit), data.val and spread(data.val, args.limit)
-        data.tests = {k: spread(v, args.limit) for k, v in data.tests.items()}
+        data.train = spread(data.train, args.limit)
+        data.val = data.val and spread(data.val, args.limit)
+        data.tests = {name: spread(images, args.limit) for name, images in data.tests.items()}
     if data.val is None:
-        data.train, data.val = hold_out(data.train, args.holdout)
+        data.train, data.val = hold_out(data.train, args.holdout, min(args.shots, 4) or None)
     if args.shots:
         data.train = few_shot(data.train, args.shots, args.seed)
     return data
 
 
-def spread(dataset, n):
-    """n images, the classes taken in turn; the same images in every run and method."""
-    order = np.random.default_rng(0).permutation(len(dataset))
-    labels = dataset.labels.numpy()[order]
-    by_class = np.argsort(labels, kind="stable")
-    first = np.searchsorted(labels[by_class], labels)  # where an image's class begins in by_class
-    turn = np.argsort(by_class) - first                # 0 for the first image of each class, 1 for the second, ...
-    return dataset.subset(sorted(order[np.argsort(turn, kind="stable")[:n]].tolist()))
+def spread(images, n):
+    """n images, the classes taken in turn; the same in every run and method."""
+    order = np.random.default_rng(0).permutation(len(images))
+    turn, seen = np.empty(len(images), int), {}  # 0 for the first image of each class, 1 for the second, ...
+    for k, label in enumerate(images.labels[order].tolist()):
+        turn[k] = seen.get(label, 0)
+        seen[label] = turn[k] + 1
+    first = np.argsort(turn, kind="stable")[:n]
+    return images.subset(np.sort(order[first]))
 
 
-def drawn(dataset, seed, count):
+def sample_classes(images, seed, count):
     """Sorted indices of count(n) images of each class, drawn by `seed` from the n that it has."""
     rng, chosen = np.random.default_rng(seed), []
-    for c in dataset.labels.unique().tolist():
-        mine = np.flatnonzero(dataset.labels.numpy() == c)
-        chosen += rng.permutation(mine)[:count(len(mine))].tolist()
+    for c in images.labels.unique().tolist():
+        own = np.flatnonzero(images.labels.numpy() == c)
+        chosen += rng.permutation(own)[:count(len(own))].tolist()
     return sorted(chosen)
 
 
-def hold_out(train, share):
-    """(train, val): every class gives `share` of its images, rounded; the same images in every run and method."""
-    held = drawn(train, 0, lambda n: min(round(share * n), n - 1))
-    kept = np.setdiff1d(np.arange(len(train)), held).tolist()
+def hold_out(train, share, most=None):
+    """(train, val): every class gives `share` of its images, rounded, at most `most`; the same in every run and method."""
+    def count(n):
+        return min(round(share * n), n - 1, n if most is None else most)
+    held = sample_classes(train, 0, count)
+    kept = np.setdiff1d(np.arange(len(train)), held)
     return train.subset(kept), train.subset(held, "val")
 
 
@@ -576,7 +1330,7 @@ def few_shot(train, shots, seed):
     classes, sizes = train.labels.unique(return_counts=True)
     if sizes.min() < shots:
         raise Fail(f"--shots {shots}: class {classes[sizes.argmin()]} has only {sizes.min()} training images")
-    return train.subset(drawn(train, seed, lambda n: shots))
+    return train.subset(sample_classes(train, seed, lambda n: shots))
 
 
 def folder_data(root, args):
@@ -608,7 +1362,7 @@ def folder_data(root, args):
         except FileNotFoundError:
             empty = next(c for c in index if not make_dataset(str(path), {c: 0}, IMG_EXTENSIONS, allow_empty=True))
             raise Fail(f"{path / empty}: no image in that class folder ({', '.join(IMG_EXTENSIONS)})") from None
-        return ImageSet(name, [s[0] for s in samples], [s[1] for s in samples])
+        return ImageSet(name, file_paths([s[0] for s in samples]), [s[1] for s in samples])
 
     shifts = subfolders(root / "shifts") if (root / "shifts").is_dir() else []
     for taken in {"train", "val", "held-out", "test"} & set(shifts):
@@ -635,18 +1389,8 @@ def read_lines(path):
         raise Fail(f"{path}: not UTF-8 text; save it in that encoding") from None
 
 
-def unreadable(paths):
-    """{path: reason} of the files that are not images, from decoding each once; JPEGs at an eighth of their size."""
-    def reason(path):
-        try:
-            with Image.open(path) as image:
-                image.draft("RGB", (1, 1))  # still reads a JPEG to its end
-                image.load()
-        except BAD_IMAGE as error:
-            return str(error)[:100]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(tqdm(pool.map(reason, paths), "checking images", len(paths), False, disable=RANK > 0 or None))
-    return {path: why for path, why in zip(paths, reasons) if why is not None}
+def wanted(name, args, known):
+    return args.tests == "all" or name in args.tests.split(",")
 
 
 # ---------------------------------------------- the papers' data sets ----------------------------------------------
@@ -685,7 +1429,7 @@ def class_tree(name, path, index, ignored=()):
             raise Fail(f"{path / folder}: no image in that class folder ({', '.join(IMG_EXTENSIONS)})")
         images += files
         labels += [index[folder]] * len(files)
-    return ImageSet(name, images, labels)
+    return ImageSet(name, file_paths(images), labels)
 
 
 def listed(name, rows, source, **how):
@@ -693,7 +1437,7 @@ def listed(name, rows, source, **how):
     if not rows:
         raise Fail(f"{source}: lists no image for {name}")
     need(Path(rows[0][0]), f"the images that {source.name} lists, starting with this one")
-    return ImageSet(name, [row[0] for row in rows], [row[1] for row in rows], **how)
+    return ImageSet(name, file_paths([row[0] for row in rows]), [row[1] for row in rows], **how)
 
 
 def imagenet_data(root, args):
@@ -774,6 +1518,9 @@ def domainnet_data(root, args):
         raise Fail(f"{root / 'real_train.txt'}: its {len(folders)} labels are not 0 to {len(folders) - 1}")
     return Data([folders[i] for i in sorted(folders)], list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None,
                 {"real": test, **shifts})
+
+
+import pickle
 
 
 class Pickled:
@@ -929,476 +1676,302 @@ def fmow_data(root, args):
                 {"id_test": test, "test": split("test", "test", "2016", "9", "worst_region")})
 
 
-# ----------------------------------------------------- batches -----------------------------------------------------
+# ======================================= Part 4: flags and mistakes =======================================
 
-class Batch(NamedTuple):
-    images: torch.Tensor  # (B, 3, H, W), or ready features (B, D)
-    labels: torch.Tensor  # (B,) int64
-    index: torch.Tensor   # (B,) int64, position in the data set
-    step: int             # optimiser step, for random draws that must be the same on every rank and after a resume
+class Fail(Exception):
+    """A user's mistake in one sentence; cli() prints it and exits with code 2."""
 
-
-class Stream(torch.utils.data.Sampler):
-    """Shuffled epochs end to end, cut into full batches: (epoch, index) pairs for this rank from step `first` on.
-
-    Step t covers positions t G .. (t+1) G - 1 of the stream (G = batch x accum x ranks), so the images of a step
-    do not depend on how G is split, and a run can go on from any step.
-    """
-
-    def __init__(self, n, args, first, last):
-        self.n, self.args, self.first, self.last = n, args, first, last
-        self.order = functools.lru_cache(2)(self._order)
-
-    def _order(self, epoch):
-        return np.random.default_rng([self.args.seed, epoch]).permutation(self.n)
-
-    def __len__(self):
-        return (self.last - self.first) * self.args.accum
-
-    def __iter__(self):
-        batch, parts = self.args.batch_size, self.args.accum * WORLD
-        for part in range(self.first * parts + RANK, self.last * parts, WORLD):
-            positions = (divmod(p, self.n) for p in range(part * batch, (part + 1) * batch))
-            yield [(epoch, int(self.order(epoch)[k])) for epoch, k in positions]
+    def __init__(self, message):  # a data-loader worker wraps the sentence in its traceback: unwrap it
+        super().__init__(str(message).strip().rsplit("common.Fail: ", 1)[-1])
 
 
-def loader(dataset, batches, args):
-    workers = args.workers if args.workers >= 0 else min(8, os.cpu_count()) if isinstance(dataset.images, list) else 0
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
-
-
-def ignore_signals(_):
-    """Ctrl-C reaches all processes of a terminal, but the main one still needs the workers for its last step. (SIGTERM
-    must keep working: it is how Python ends workers at exit.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def bench_data(dataset, args, seconds=20):
-    """Print images/s of the training input pipeline alone: read, decode, augment, batch, pin. No model is involved."""
-    epoch = math.ceil(len(dataset) / args.batch_size)
-    batches = iter(loader(dataset, Stream(len(dataset), args, 0, 10 * epoch), args))
-    next(batches)  # the start of the workers is not part of the rate
-    begun, images = time.time(), 0
-    for x, _, _ in batches:
-        images += len(x)
-        if time.time() - begun > seconds:
-            break
-    rate = images / (time.time() - begun)
-    say(f"input pipeline: {rate:.1f} images/s a rank over {images} images, batch {args.batch_size}, {args.augment}")
-
-
-# ---------------------------------------------------- training ----------------------------------------------------
-
-def training_steps(args, n):
-    """Optimiser steps of a run on n training images."""
-    return args.steps or math.ceil(args.epochs * n / (args.batch_size * args.accum * WORLD))
-
-
-def learning_rate(step, total, peak, warmup):
-    """Linear warm-up, then cosine to 0 (wise-ft src/models/utils.py). warmup: steps, or below 1 a share of total."""
-    warm = int(warmup * total) if warmup < 1 else int(warmup)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-def train(model, dataset, loss_fn, args, out, run):
-    """Train `model` in place and return it in eval mode; every step is logged to out/log.jsonl.
-
-    loss_fn(model, Batch) -> (loss (), {name: scalar}) is the method; it must call the `model` it is given, which is
-    the compiled or distributed form of the argument. out/last.ckpt is written every --save-every minutes, at the end
-    and at SIGTERM or Ctrl-C; if it is there, training goes on from it, on the same CPU bit for bit. `run`: the run's
-    folder, which holds `out` or is it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    device, checkpoint = next(model.parameters()).device, out / "last.ckpt"
-    total = training_steps(args, len(dataset))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=model.amp == torch.float16)
-    stream = [total, args.batch_size * args.accum * WORLD, len(dataset)]
-    first = load_checkpoint(checkpoint, model, optimizer, scaler, stream) if checkpoint.is_file() else 0
-    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    runner = torch.compile(parallel) if args.compile else parallel
-    batches = iter(loader(dataset, Stream(len(dataset), args, first, total), args))
-    stop, signals = [], (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(s, lambda *_: stop.append(1)) for s in signals]
-    log, saved = open_log(out / "log.jsonl", first), time.time()
-    model.train()
+def cli(main):
+    """Run a method's main(); mistakes, a full disk or GPU and Ctrl-C end in one line instead of a traceback."""
+    message, code = None, 2
     try:
-        for step in tqdm(range(first, total), out.name, total, initial=first, disable=RANK > 0 or None):
-            begun = time.time()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, args.lr, args.warmup)
-            sums = {}
-            for micro in range(args.accum):
-                images, labels, index = next(batches)
-                batch = Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), index, step)
-                with parallel.no_sync() if WORLD > 1 and micro < args.accum - 1 else nullcontext():
-                    loss, parts = loss_fn(runner, batch)
-                    if not torch.isfinite(loss):
-                        files = out / f"nonfinite-step{step}-rank{RANK}.txt"
-                        files.write_text("\n".join(dataset.describe(i) for i in index.tolist()) + "\n")
-                        raise Fail(f"step {step}: the loss is {loss.item()}; the batch's images are listed in {files}; "
-                                   f"lower --lr or repair them; {checkpoint}, if written, is of an earlier step")
-                    scaler.scale(loss / args.accum).backward()
-                for name, value in {"loss": loss, **parts}.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / args.accum
-            scaler.unscale_(optimizer)
-            if args.grad_clip:
-                nn.utils.clip_grad_norm_(trained, args.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            values = torch.stack([*sums.values(), torch.tensor(float(len(stop)), device=device)])
-            if WORLD > 1:
-                dist.all_reduce(values)
-            *means, stopping = values.tolist()
-            seconds = time.time() - begun
-            line = {"step": step, **{k: v / WORLD for k, v in zip(sums, means)}, "lr": optimizer.param_groups[0]["lr"],
-                    "images_per_s": round(args.batch_size * args.accum * WORLD / seconds, 1)}
-            if RANK == 0:
-                log.write(json.dumps(line) + "\n")
-                if stopping or step + 1 == total or time.time() - saved >= 60 * args.save_every:
-                    log.flush()
-                    save_checkpoint(checkpoint, step + 1, model, optimizer, scaler, stream)
-                    saved = time.time()
-            if stopping:
-                raise Fail(f"stopped after step {step + 1} of {total}; --resume {run} continues from there")
-    finally:
-        log.close()
-        for s, handler in zip(signals, handlers):
-            signal.signal(s, handler)
-    for buffer in model.buffers() if WORLD > 1 else []:
-        dist.broadcast(buffer, 0)  # BatchNorm's statistics are of each rank's own images; rank 0 saves
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if total > first:
-        say(f"{out.name}: {total} steps, {line['images_per_s']} images/s, peak memory {peak / 2**30:.2f} GiB")
-    return model.eval()
-
-
-def open_log(path, first):
-    """log.jsonl opened for writing at step `first`: lines of steps that the checkpoint does not hold are dropped."""
-    if RANK > 0:
-        return open(os.devnull, "w")
-    kept = [line for line in read_lines(path) if line.endswith("}") and json.loads(line)["step"] < first]
-    log = open(path, "w", encoding="utf-8")
-    log.writelines(line + "\n" for line in kept)
-    return log
-
-
-# ---------------------------------------------------- evaluation ----------------------------------------------------
-
-@torch.no_grad()
-def collect(function, dataset, args, device):
-    """{name: tensor (N, ...)} of function(images, labels) -> {name: tensor (B, ...)}, in the data set's order, on CPU.
-
-    Each image is read, decoded and moved once. Whole batches are dealt out to the ranks and put back by index.
-    """
-    batches = [list(range(b, min(b + EVAL_BATCH, len(dataset)))) for b in range(0, len(dataset), EVAL_BATCH)]
-    mine = []
-    for images, labels, index in tqdm(loader(dataset, batches[RANK::WORLD], args), dataset.name,
-                                      disable=RANK > 0 or None, leave=False):
-        result = function(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-        mine.append({"index": index, **{k: v.cpu() for k, v in result.items()}})
-    parts = [mine]
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, mine)
-    parts = sorted((batch for part in parts for batch in part), key=lambda batch: batch["index"][0])
-    return {k: torch.cat([batch.pop(k) for batch in parts]) for k in list(parts[0]) if k != "index"}
-
-
-def collect_once(function, models, dataset, setup, folder):
-    """collect(), kept in folder/cache under a hash of the models' weights and the data listing.
-
-    Other weights, files or preprocessing give another name, so that a stale result cannot be read. `function` must
-    be the only one used with these models and this data set.
-    """
-    about = (dataset.transform, dataset.border, dataset.classes, setup.amp, setup.device.type)
-    digest = hashlib.sha256(repr(about).encode())
-    for model in models:
-        for name, tensor in model.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    if isinstance(dataset.images, list):
-        digest.update(str([(str(p), os.path.getsize(p), os.stat(p).st_mtime_ns) for p in dataset.images]).encode())
-    else:
-        digest.update(np.ascontiguousarray(dataset.images).tobytes())
-    digest.update(dataset.labels.numpy().tobytes())
-    folder = setup.out if folder.exists() and not os.access(folder, os.W_OK) else folder  # another's run
-    path = folder / "cache" / f"{dataset.name}-{digest.hexdigest()[:16]}.safetensors"
-    known = [path.is_file()]
-    if WORLD > 1:
-        dist.broadcast_object_list(known)  # all ranks do as rank 0 does
-    if known[0]:
-        return load_tensors(path)[0]
-    result = collect(function, dataset, setup.args, setup.device)
-    if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, result)
-    return result
-
-
-def train_features(model, setup, folder):
-    """Unit features (N, D) of the un-augmented training images (only fit() augments them), computed once."""
-    return collect_once(lambda x, y: {"features": model(x)[1]}, [model], setup.data.train, setup, folder)["features"]
-
-
-def evaluate(rows, setup):
-    """{row: {test: metrics}} over all test sets, each streamed once.
-
-    rows: {row name: ImageClassifier}, or for rows that share work a function (images, project) -> {row name: logits
-    or log-probabilities (B, C')}; project() brings logits into the test set's label space, before any softmax.
-    """
-    if isinstance(rows, dict):
-        models = rows
-
-        def rows(images, project):
-            return {name: project(model(images)[0]) for name, model in models.items()}
-    results = {}
-    for name, dataset in setup.data.tests.items():
-        def scores(images, labels):
-            return {row: per_image(z, labels) for row, z in rows(images, dataset.project).items()}
-        for row, values in collect(scores, dataset, setup.args, setup.device).items():
-            results.setdefault(row, {})[name] = metrics(values, dataset)
-    return results
-
-
-def per_image(logits, labels):
-    """(B, C) logits or log-probabilities -> (B, 3): confidence, predicted class, negative log-likelihood."""
-    log_p = torch.log_softmax(logits.double(), dim=-1)
-    confidence, predicted = log_p.max(1)
-    return torch.stack([confidence.exp(), predicted.double(), -log_p.gather(1, labels[:, None])[:, 0]], dim=1)
-
-
-def metrics(values, dataset):
-    """Accuracy, ECE and the data set's own metric in percent, mean NLL in nats, from per_image() values (N, 3)."""
-    confidence, predicted, nll = values.unbind(1)
-    correct = predicted == dataset.labels
-    own = {"macro_f1": 100 * macro_f1(predicted.long(), dataset.labels)} if dataset.metric == "macro_f1" else {}
-    if dataset.groups is not None:
-        own["worst_region"] = 100 * worst_group_accuracy(correct, dataset.groups)
-    return {"acc": 100 * correct.double().mean().item(), **own, "nll": nll.mean().item(),
-            "ece": 100 * calibration_error(confidence, correct), "n": len(dataset)}
-
-
-def macro_f1(predicted, labels):
-    """Mean of F1_c = 2 TP / (2 TP + FP + FN) over the classes c that occur in labels, in [0, 1]; both arguments (N,).
-
-    As WILDS computes it for iWildCam: a class without an image has no F1 of its own, but an image that is wrongly
-    given to it still counts as a miss of its own class.
-    """
-    scores = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
-              for c in labels.unique()]
-    return torch.stack(scores).double().mean().item()
-
-
-def worst_group_accuracy(correct, groups):
-    """Smallest accuracy, in [0, 1], of the groups that occur in groups (N,); -1 is no group; correct (N,) bool."""
-    return min((correct[groups == g].double().mean().item() for g in groups.unique() if g >= 0), default=math.nan)
-
-
-def expected_calibration_error(probs, labels, bins=15):
-    """ECE in [0, 1] of probabilities (N, C) and labels (N,): the confidence is the largest probability."""
-    confidence, predicted = probs.max(1)
-    return calibration_error(confidence, predicted == labels, bins)
-
-
-def calibration_error(confidence, correct, bins=15):
-    """Sum over equal-width bins of confidence of (share of images) * |accuracy - mean confidence| (Guo et al. 2017,
-    Eq. 3). Bin b of 1..bins holds confidences in ((b-1)/bins, b/bins]."""
-    which = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, which, correct.double() - confidence.double())
-    return (gap.abs().sum() / len(confidence)).item()
-
-
-# ------------------------------------------------- files of a run -------------------------------------------------
-
-def write_json(path, value):
-    path.with_name(path.name + ".tmp").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(path.with_name(path.name + ".tmp"), path)
-
-
-def read_json(path, what, pairs=False):
-    """JSON of a file; pairs: objects as lists of (key, value), which keeps keys that occur twice."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list if pairs else None)
+        if WORLD > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs routine steps as warnings, and what it raises
+        main()
+    except (Fail, BrokenImage) as error:
+        message = error
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except torch.OutOfMemoryError:
+        message = ("the GPU is out of memory; raise --accum (the images of a step stay the same), or add "
+                   "--grad-checkpointing")
+    except BrokenPipeError:  # | head has seen enough
+        silence(sys.stdout)
     except OSError as error:
-        raise Fail(f"{path}: not found or not readable, so this is not {what} ({error.strerror})") from None
-    except ValueError as error:
-        raise Fail(f"{path}: not valid JSON ({error})") from None
+        if error.errno == errno.ENOSPC:
+            message = f"no space left on the disk of {error.filename or 'the run'}; the last good checkpoint is kept"
+        elif error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+    if WORLD > 1 and message is None:
+        dist.destroy_process_group()
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(code)
 
 
-def save_tensors(path, tensors, about=None):
-    """safetensors, written beside the target and moved over it: an interrupted write leaves the old file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
-                  metadata={"about": json.dumps(about)})
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise Fail(f"{path}: could not be written ({error}); the last good one is kept") from None
-    os.replace(temporary, path)
-
-
-def load_tensors(path):
-    """(tensors, about) of save_tensors(). safetensors hold numbers only: loading one cannot run code."""
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Fail(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def save_checkpoint(path, step, model, optimizer, scaler, stream):
-    """Everything that training from `step` on depends on; data order and random draws follow from the step."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise Fail(f"step {step}: the weights are not finite, {path} is not written; lower --lr")
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-    save_tensors(path, tensors, {"step": step, "scaler": scaler.state_dict(), "stream": stream})
-
-
-def load_checkpoint(path, model, optimizer, scaler, stream):
-    """Restore save_checkpoint() into the three objects; returns the step to go on from. `stream` must be the same."""
-    tensors, about = load_tensors(path)
-    if (about or {}).get("stream", stream) != stream:
-        raise Fail(f"{path}: its run has {about['stream']} steps, images a step and training images, this one {stream}; "
-                   "resume on the same number of ranks and the same images")
-    state = {}
-    try:
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                state.setdefault(int(i), {})[key] = tensor
-        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        for p, moments in optimizer.state.items():  # fused AdamW wants the memory layout of the parameter
-            for key, value in moments.items():
-                moments[key] = torch.empty_like(p).copy_(value) if value.ndim else value
-        scaler.load_state_dict(about["scaler"])
-        return about["step"]
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise Fail(f"{path}: not a checkpoint of this model ({str(error).splitlines()[0]})") from None
-
-
-def save_run(setup, model, out, head={}, text={}):
-    """An open_clip local directory (open_clip.create_model_and_transforms("local-dir:OUT")) and head.safetensors.
-
-    head: further tensors for head.safetensors; text: tensors of a tuned text tower, by their open_clip names.
-    """
-    if RANK > 0:
-        return
-    args, name = setup.args, setup.args.model
-    out.mkdir(parents=True, exist_ok=True)
-    if name == "shapes-clip":
-        name = f"local-dir:{shapes_clip(args.pretrain_seed)}"
-    if name.startswith("local-dir:"):
-        config = read_json(Path(name[10:], "open_clip_config.json"), "an open_clip folder")["model_cfg"]
-    elif name.startswith("hf-hub:"):
-        from open_clip.factory import _get_hf_config  # the public functions build the model and drop its config
-        config = _get_hf_config(name[7:])["model_cfg"]
-    else:
-        config = open_clip.get_model_config(name)
-    visual = {f"visual.{k}": v for k, v in model.visual.state_dict().items()}
-    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **text, **visual})
-    write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": setup.clip.visual.preprocess_cfg})
-    write_json(out / "args.json", {**vars(args), **({} if out == setup.out else {"part_of": str(setup.out.resolve())})})
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    save_tensors(out / "head.safetensors", {**own, **head}, {"classnames": setup.data.classnames})
-
-
-def load_run(run, setup):
-    """(theta_0, theta_1): the zero-shot model in the run's head convention and the model that the run saved."""
-    tensors, about = load_tensors(Path(run) / "head.safetensors")
-    if about["classnames"] != setup.data.classnames:
-        raise Fail(f"--finetuned {run}: its head has the classes {about['classnames'][:3]}..., the data has "
-                   f"{setup.data.classnames[:3]}...")
-    head_0 = tensors.get("head_0", setup.head).to(setup.device)  # DRM's head is of its own prompts
-    theta_0 = setup.classifier("bias" in tensors, head_0)
-    theta_1 = copy.deepcopy(theta_0)
-    weights, _ = load_tensors(Path(run) / "open_clip_model.safetensors")
-    visual = {k: v for k, v in weights.items() if k.startswith("visual.")}
-    try:
-        theta_1.load_state_dict({**visual, **{k: v for k, v in tensors.items() if k in ("head", "bias", "scale")}})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise Fail(f"--finetuned {run}: not a run of {setup.args.model} ({reason})") from None
-    return theta_0, theta_1
-
-
-def finish(setup, results, **more):
-    """Write results.json and print its table, the last thing of a run. results: {row: {test: metrics}}."""
-    id_test, *shifts = setup.data.tests
-    measure = setup.measure
-    mean = lambda tests, key: id_ood(tests, {id_test: key, **{t: key for t in shifts}})[1]
-    rows = [{"name": name, **dict(zip(("id", "ood"), id_ood(tests, measure))), "tests": tests}
-            for name, tests in results.items()]
-    args = setup.args
+def say(*words, file=None):
+    """Print on rank 0. A closed pipe (| head) ends the printing, not the run."""
     if RANK == 0:
-        write_json(setup.out / "results.json", {"method": args.method, "data": args.data, "model": args.model,
-                                                "seed": args.seed, "args": vars(args), "measure": measure,
-                                                "skipped_images": setup.data.skipped, "rows": rows, **more})
-    named = {"acc": "Accuracy", "macro_f1": "Macro-F1", "worst_region": "Worst-region accuracy"}
-    shown = " and ".join(f"{named[m]} ({', '.join(t for t in measure if measure[t] == m)})"
-                         if len(set(measure.values())) > 1 else named[m] for m in dict.fromkeys(measure.values()))
-    say(f"\nsaved to {setup.out}. {shown} in percent; OOD: mean of the shifts; NLL and ECE: ID, then mean of shifts.\n")
-    head = [id_test, "OOD", *shifts, "NLL", "NLL ood", "ECE", "ECE ood"]
-    wide = max(len(r["name"]) for r in rows) + 1
-    say(" " * wide + "".join(f"{h[:9]:>10}" for h in head))
-    for r in rows:
-        t = r["tests"]
-        cells = [r["id"], r["ood"], *(t[s][measure[s]] for s in shifts), t[id_test]["nll"], mean(t, "nll"),
-                 t[id_test]["ece"], mean(t, "ece")]
-        say(f"{r['name']:<{wide}}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells))
+        try:
+            print(*words, file=file, flush=True)
+        except BrokenPipeError:
+            silence(file or sys.stdout)
 
 
-def id_ood(tests, measure):
-    """(ID, mean of the shifts or None) of one row's {test: metrics}; measure: {test: its metric}, ID first."""
-    first, *shifts = [tests[name][metric] for name, metric in measure.items()]
-    return first, float(np.mean(shifts)) if shifts else None
+def silence(stream):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def pyplot():
-    """matplotlib.pyplot on rank 0, or None with a hint."""
-    if RANK > 0:
-        return None
-    try:
-        import matplotlib
-    except ImportError:
-        return say("no figures: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt
+def first_line(error):
+    return (str(error).strip().splitlines() or [repr(error)])[0][:150]
 
 
-def percent_axes(ax, points, x_label, y_label, logit=False):
-    """Labels, a grid and, if asked for, logit-scaled axes in percent with limits around the points."""
-    ax.set(xlabel=x_label, ylabel=y_label)
-    ax.grid(alpha=0.3)
-    if logit:  # matplotlib's own logit scale wants (0, 1) and labels badly within a few percent
-        squash = lambda p: np.log(np.clip(p, 1e-3, 99.999) / (100 - np.clip(p, 1e-3, 99.999)))
-        for axis, values in zip("xy", zip(*points)):
-            low, high = max(0.1, min(values) - 1), min(99.95, max(values) + 1)
-            getattr(ax, f"set_{axis}scale")("function", functions=(squash, lambda z: 100 / (1 + np.exp(-z))))
-            getattr(ax, f"set_{axis}lim")(low, high)
+def nearest(word, words):
+    """'did you mean X? ', or nothing, for an error message."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
-# ----------------------------------------- the embedded world: `shapes` -----------------------------------------
+def limited(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
+    """argparse type: a finite number with low <= x <= high and x > above."""
+    def parse(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not (math.isfinite(x) and low <= x <= high and x > above):
+            limits = [f"at least {low}" * (low > -math.inf), f"at most {high}" * (high < math.inf),
+                      f"above {above}" * (above > -math.inf)]
+            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(filter(None, limits)) or 'finite'}")
+        return x
+    return parse
+
+
+RECIPE = "the data set's recipe"  # default of a flag whose value depends on --data
+DEFAULT_OUT = "runs/METHOD-DATA-sSEED"
+FOREIGN = {  # flags of wise-ft, FLYP and open_clip, and ours
+    "--data-location": "--data-dir", "--train-dataset": "--data", "--eval-datasets": "--tests", "--save": "--out",
+    "--load": "--finetuned", "--warmup-length": "--warmup", "--freeze-encoder": "--freeze encoder", "--k": "--shots",
+    "--accum-freq": "--accum", "--grad-clip-norm": "--grad-clip", "--name": "--out", "--exp-name": "--out",
+    "--lr-scheduler": "--lr (the schedule is always warm-up and cosine)", "--template": "templates.txt in --data-dir",
+    "--results-db": "--out (results.json)", "--train-data": "--data-dir", "--learning-rate": "--lr",
+    "--weight-decay": "--wd", "--skip-bad-images": "nothing: a broken image is named where it is met",
+    "--lambda": "--lam"}
+PRECISIONS = {"amp_bf16": "bf16", "amp_bfloat16": "bf16", "bfloat16": "bf16", "amp": "fp16", "float32": "fp32"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that leaves out flags that were not given (for --resume) and reports a mistake in one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS)
+        self.defaults, self.actions = {}, {}
+        self.own = self.add_argument_group("flags of this method")  # listed first
+        self.shared = self.add_argument_group("flags of all methods")
+
+    def add(self, flag, default, help, group=None, **kwargs):
+        action = (group or self.own).add_argument(flag, help=help.replace("%", "%%"), **kwargs)
+        self.defaults[action.dest], self.actions[action.dest] = default, action
+
+    def parse(self, argv, recipes):
+        """{flag: value} of the flags that were given; --help shows the values of --data's recipe."""
+        data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        data.add_argument("--data", default=self.defaults["data"])
+        recipe = recipes.get(data.parse_known_args(argv)[0].data, {})
+        for key, action in self.actions.items():
+            action.help += f" (default: {recipe.get(key, self.defaults[key])})".replace("%", "%%")
+        given, unknown = self.parse_known_args(argv)
+        for word in unknown:
+            word = word.split("=")[0]
+            ours = FOREIGN.get(word.replace("_", "-"))
+            hint = f"here it is {ours}" if ours else nearest(word, self._option_string_actions)
+            self.error(f"{word}: no such flag; {hint}")
+        return vars(given)
+
+    def error(self, message):
+        raise Fail(f"{message.strip()} (see --help)")
+
+
+def parser(doc):
+    """The flags that all methods share. RECIPE defaults come from the method's RECIPES[--data]."""
+    p = Parser(doc)
+    add = functools.partial(p.add, group=p.shared)
+    switch = argparse.BooleanOptionalAction
+    add("--data", "shapes", "data set: " + ", ".join(DATA))
+    add("--data-dir", "~/data", "folder that holds the data set")
+    add("--model", "ViT-B-16-quickgelu", "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
+    add("--pretrained", "openai", "open_clip tag or weights file of a named model")
+    add("--epochs", RECIPE, "passes over the training images", type=limited(float, above=0))
+    add("--steps", RECIPE, "optimiser steps, instead of --epochs", type=limited(int, 1))
+    add("--batch-size", RECIPE, "images an optimiser step, over all ranks and --accum parts", type=limited(int, 1))
+    add("--accum", 1, "parts of a step on each rank, one after the other, to save memory", type=limited(int, 1))
+    add("--lr", RECIPE, "peak learning rate of AdamW", type=limited(float, 0))
+    add("--wd", RECIPE, "weight decay, on every trained parameter", type=limited(float, 0))
+    add("--warmup", RECIPE, "linear warm-up: optimiser steps, or below 1 a fraction of them; 0 with --shots",
+        type=limited(float, 0))
+    add("--grad-clip", RECIPE, "largest gradient norm; 0 does not clip", type=limited(float, 0))
+    add("--augment", RECIPE, "none; crop: random crop of 90-100% of the area; crop-flip: 8-100% and a flip",
+        choices=["none", "crop", "crop-flip"])
+    add("--keep", "last", "weights of the last step, or of the epoch that is best on held-out images",
+        choices=["last", "best"])
+    add("--shots", 0, "train on K images of each class; 0 is all", type=limited(int, 0))
+    add("--holdout", 0.1, "share of the training images held out if the data has no validation split, for choices of "
+        "this or a later run; with --shots at most min(K, 4) a class", type=limited(float, 0, 0.9))
+    add("--limit", 0, "images kept of each split, spread over its classes, for a quick run; 0 is all", type=limited(int, 0))
+    add("--tests", "all", "comma-separated names of the shifts to evaluate, beside the ID test")
+    add("--finetuned", "none", "model to start from instead of training: a finished run, an open_clip folder, or a state "
+        "dict of CLIP or of wise-ft's classifier")
+    add("--predict", "none", "with --finetuned RUN: folder of images to classify, a line each on stdout")
+    add("--precision", "auto", "of the towers; auto is bf16 or fp16 on CUDA, else fp32",
+        choices=["auto", "bf16", "fp16", "fp32"], type=lambda text: PRECISIONS.get(text, text))
+    add("--compile", False, "torch.compile the model", action=switch)
+    add("--grad-checkpointing", False, "recompute activations to save memory", action=switch)
+    add("--workers", -1, "data-loading processes per rank; -1 is this machine's cores over its ranks, 0 for images in "
+        "memory", type=limited(int, -1))
+    add("--device", "auto", "where to compute; mps is untested", choices=["auto", "cpu", "cuda", "mps"])
+    add("--seed", 0, "of data order, augmentation and everything random in a method", type=limited(int, 0, 2**32 - 1))
+    add("--pretrain-seed", 0, "of the tiny CLIP of --data shapes", type=limited(int, 0))
+    add("--out", DEFAULT_OUT, "new folder for the run; a taken default gets a number")
+    add("--resume", "none", "run folder to continue exactly, with the flags it was started with")
+    add("--save-every", 10.0, "minutes between checkpoints", type=limited(float, 0))
+    return p
+
+
+FREE = {"resume", "workers", "save_every", "device"}  # may change on --resume; only --device moves digits
+INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit", "shots", "seed",
+             "descriptions", "prompt"]
+
+
+def parse(p, method, recipes, variants=None, argv=None):
+    """Flags -> Namespace: given flags over those of --resume or --finetuned over the recipe over the defaults.
+
+    variants: {(flag, value): recipe}, what replaces parts of the recipe where a flag has that value.
+    """
+    given = absolute_paths(p.parse(argv, recipes))
+    if "steps" in given and "epochs" in given:
+        raise Fail("--steps and --epochs exclude each other: give one")
+    base = {}
+    if "resume" in given:
+        base = resumed(given, method)
+    elif "finetuned" in given and "predict" not in given:
+        base = inherited(given, p.defaults)
+    if "predict" in given and "finetuned" not in given:
+        raise Fail(f"--predict {given['predict']}: needs a finished run, as --finetuned RUN")
+    data = {**p.defaults, **base, **given}["data"]
+    if data not in recipes:
+        raise Fail(f"--data {data}: {method}.py knows {', '.join(recipes)}")
+    recipe = {"steps": None, "epochs": None, **recipes[data]}
+    if {"steps", "epochs"} & given.keys():
+        recipe |= {"steps": None, "epochs": None}
+    for (key, value), more in (variants or {}).items():
+        if given.get(key) == value:
+            recipe |= more
+    if given.get("shots"):
+        recipe["warmup"] = 0.0  # a few hundred steps: FLYP's author's advice
+    return argparse.Namespace(**{**p.defaults, **recipe, **base, **given, "method": method})
+
+
+def absolute_paths(given):
+    """Given flags with whole paths, so that a run can be found again from any folder, and open_clip's model names."""
+    given = dict(given)
+    for key in ("data_dir", "finetuned", "descriptions", "predict"):
+        if given.get(key, "none") != "none":
+            given[key] = str(Path(given[key]).expanduser().resolve())
+    if Path(given.get("pretrained", "openai")).is_file():
+        given["pretrained"] = str(Path(given["pretrained"]).resolve())
+    model = given.get("model", "")
+    if model.startswith("local-dir:"):
+        given["model"] = f"local-dir:{Path(model[10:]).expanduser().resolve()}"
+    elif "/" in model and ":" not in model:  # OpenAI's name: ViT-B/16
+        given["model"] = model.replace("/", "-") + "-quickgelu"
+    return given
+
+
+def resumed(given, method):
+    """All flags of the run that --resume names; a given flag must not contradict them."""
+    run = read_json(Path(given["resume"]) / "args.json", "a run folder to --resume")
+    if "part_of" in run:
+        raise Fail(f"--resume {given['resume']}: is a part of the run {run['part_of']}; resume that")
+    if run.get("method") != method:
+        raise Fail(f"--resume {given['resume']}: a run of {run.get('method')}.py, not of {method}.py")
+    for key in given.keys() - FREE:
+        if run.get(key) != given[key]:
+            raise Fail(f"--resume {given['resume']}: started with {flag(key)} {run.get(key)}, not {given[key]}; "
+                       "drop the flag or start a new run")
+    return run
+
+
+def inherited(given, defaults):
+    """The flags that decide on data and zero-shot model, of the run that --finetuned names; nothing of another model."""
+    path = Path(given["finetuned"])
+    if not path.exists():
+        raise Fail(f"--finetuned {path}: not found; a finished run, an open_clip folder or a state dict")
+    if not (path / "args.json").is_file():
+        return {}
+    if not (path / "head.safetensors").is_file():
+        raise Fail(f"--finetuned {path}: no model there (head.safetensors): the run is not finished, or it is one of a "
+                   "method that keeps its models in the subfolders zero-shot and fine-tuned")
+    run = read_json(path / "args.json", "a finished run for --finetuned")
+    base = {key: run[key] for key in INHERITED if key in run and key in defaults}
+    same = dict.fromkeys(("data", "holdout", "limit", "shots"), "held-out images")
+    same |= dict.fromkeys(("model", "pretrained", "pretrain_seed"), "the zero-shot model")
+    if given.get("model", "").startswith("local-dir:"):
+        del same["model"]  # the folder may have moved
+    if base.get("shots"):
+        same["seed"] = "the --shots images"
+    for key in same.keys() & given.keys() & base.keys():
+        if given[key] != base[key]:
+            raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {path} was trained with {base[key]}; {same[key]} must "
+                       "be the same")
+    return base
+
+
+def flag(key):
+    return "--" + key.replace("_", "-")
+
+
+def check_steps(args, n):
+    """Fail on a step or a schedule that cannot be: parts that do not divide, a warm-up that never ends."""
+    if args.finetuned != "none":
+        return
+    if n == 0:
+        raise Fail("no training images are left; lower --holdout")
+    parts = args.accum * WORLD
+    if args.batch_size % parts:
+        fitting = max(parts, args.batch_size // parts * parts)
+        raise Fail(f"--batch-size {args.batch_size}: its images must be a multiple of the {WORLD} ranks x {args.accum} "
+                   f"--accum parts; {fitting} is")
+    total = training_steps(args, n)
+    if warmup_steps(total, args.warmup) >= total and args.warmup:
+        raise Fail(f"--warmup {args.warmup:g}: would not end before the last of {total} steps; --warmup {total // 10} is a "
+                   "tenth of them")
+
+
+# ================================ Part 5: the embedded world, `shapes` ================================
 # Twelve shapes in five drawing styles, 32 x 32 pixels. A tiny CLIP is pre-trained on captioned images of all styles,
 # with free backgrounds. The reference data is one style, "photo", in which colour and background go with the class:
 # fine-tuning learns to lean on them, and loses accuracy on the shifts: re-coloured images and the other styles.
 
-def polygon(n):
-    def f(x, y):  # distance to the sides of a regular n-gon with a corner at the top
-        angle = np.mod(np.arctan2(x, y), 2 * np.pi / n) - np.pi / n
-        return np.hypot(x, y) * np.cos(angle) - np.cos(np.pi / n)
-    return f
+# An outline is a function of x, y (upwards), arrays of about -1 to 1: below 0 inside the shape.
+
+def circle(x, y):
+    return np.hypot(x, y) - 0.9
+
+
+def square(x, y):
+    return np.maximum(abs(x), abs(y)) - 0.75
+
+
+def triangle(x, y):
+    return np.maximum(-y - 0.55, (abs(x) * 1.6 + y - 0.9) * 0.53)
 
 
 def star(x, y):
@@ -1406,62 +1979,102 @@ def star(x, y):
     return np.hypot(x, y) - (1 - 0.58 * np.sqrt(turn))
 
 
-SHAPES = {  # name: (description, look-alike, f(x, y) < 0 inside the shape, y upwards, size about 1)
-    "circle": ("a round disc without any corners", "hexagon", lambda x, y: np.hypot(x, y) - 0.9),
-    "square": ("four equal sides and right angles", "diamond", lambda x, y: np.maximum(abs(x), abs(y)) - 0.75),
-    "triangle": ("three straight sides and three corners", "arrow",
-                 lambda x, y: np.maximum(-y - 0.55, (abs(x) * 1.6 + y - 0.9) * 0.53)),
-    "star": ("five sharp tips around a centre", "flower", star),
-    "heart": ("two round lobes above a point", "cross",
-              lambda x, y: np.minimum(np.hypot(abs(x) - 0.45, y - 0.35) - 0.5,
-                                      np.maximum((abs(x) * 1.05 - y - 0.95) * 0.69, y - 0.35))),
-    "cross": ("two bars meeting in the middle", "heart",
-              lambda x, y: np.minimum(np.maximum(abs(x) - 0.3, abs(y) - 0.95),
-                                      np.maximum(abs(y) - 0.3, abs(x) - 0.95))),
-    "ring": ("a round band with an empty hole", "moon", lambda x, y: abs(np.hypot(x, y) - 0.68) - 0.24),
-    "moon": ("a curved sickle with two horns", "ring",
-             lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y))),
-    "diamond": ("a thin rhombus taller than wide", "square", lambda x, y: (abs(x) / 0.55 + abs(y) - 1) * 0.48),
-    "hexagon": ("six equal sides and blunt corners", "circle", polygon(6)),
-    "arrow": ("a pointed head on a straight shaft", "triangle",
-              lambda x, y: np.minimum(np.maximum(abs(x) - 0.22, abs(y + 0.45) - 0.5),
-                                      np.maximum((abs(x) * 1.2 + y - 0.95) * 0.64, -y))),
-    "flower": ("six rounded petals around a centre", "star",
-               lambda x, y: np.hypot(x, y) - (0.72 + 0.24 * np.cos(6 * np.arctan2(x, y)))),
+def heart(x, y):
+    lobes = np.hypot(abs(x) - 0.45, y - 0.35) - 0.5
+    return np.minimum(lobes, np.maximum((abs(x) * 1.05 - y - 0.95) * 0.69, y - 0.35))
+
+
+def cross(x, y):
+    upright = np.maximum(abs(x) - 0.3, abs(y) - 0.95)
+    return np.minimum(upright, np.maximum(abs(y) - 0.3, abs(x) - 0.95))
+
+
+def ring(x, y):
+    return abs(np.hypot(x, y) - 0.68) - 0.24
+
+
+def moon(x, y):
+    return np.maximum(np.hypot(x, y) - 0.95, 0.75 - np.hypot(x - 0.45, y))
+
+
+def diamond(x, y):
+    return (abs(x) / 0.55 + abs(y) - 1) * 0.48
+
+
+def hexagon(x, y):
+    angle = np.mod(np.arctan2(x, y), 2 * np.pi / 6) - np.pi / 6  # from the middle of the nearest side
+    return np.hypot(x, y) * np.cos(angle) - np.cos(np.pi / 6)
+
+
+def arrow(x, y):
+    shaft = np.maximum(abs(x) - 0.22, abs(y + 0.45) - 0.5)
+    return np.minimum(shaft, np.maximum((abs(x) * 1.2 + y - 0.95) * 0.64, -y))
+
+
+def flower(x, y):
+    return np.hypot(x, y) - (0.72 + 0.24 * np.cos(6 * np.arctan2(x, y)))
+
+
+SHAPES = {  # class name: (outline, look-alike, description)
+    "circle": (circle, "hexagon", "a round disc without any corners"),
+    "square": (square, "diamond", "four equal sides and right angles"),
+    "triangle": (triangle, "arrow", "three straight sides and three corners"),
+    "star": (star, "flower", "five sharp tips around a centre"),
+    "heart": (heart, "cross", "two round lobes above a point"),
+    "cross": (cross, "heart", "two bars meeting in the middle"),
+    "ring": (ring, "moon", "a round band with an empty hole"),
+    "moon": (moon, "ring", "a curved sickle with two horns"),
+    "diamond": (diamond, "square", "a thin rhombus taller than wide"),
+    "hexagon": (hexagon, "circle", "six equal sides and blunt corners"),
+    "arrow": (arrow, "triangle", "a pointed head on a straight shaft"),
+    "flower": (flower, "star", "six rounded petals around a centre"),
 }
 STYLES = ["photo", "sketch", "striped", "neon", "painting"]
 COLOURS = {"red": (.85, .15, .15), "green": (.15, .65, .2), "blue": (.15, .3, .85), "yellow": (.9, .8, .15),
            "purple": (.6, .2, .7), "orange": (.95, .5, .1)}
 BACKGROUNDS = {"white": (.92, .92, .92), "grey": (.55, .55, .55), "black": (.08, .08, .08), "pink": (.95, .7, .75),
                "sky": (.6, .8, .95), "brown": (.45, .3, .18)}
+SHAPES_VERSION = 1  # of the pre-trained tiny CLIP in the cache: raise it with any change to what it is trained on
 
 
-def draw(rng, labels, styles, colours, backgrounds, noise, size=32):
+def column(values):
+    """(N,) -> (N, 1, 1), to go with images (N, size, size)."""
+    return np.asarray(values)[:, None, None]
+
+
+def render(rng, labels, styles, colours, backgrounds, noise, size=32):
     """Images (N, size, size, 3) uint8 from integer arrays (N,) of class, style, colour, background and noise sd."""
     n = len(labels)
-    if n > 500:  # chunks stay in the processor's cache
-        parts = np.array_split(np.arange(n), math.ceil(n / 500))
+    if n > 500:  # parts stay in the processor's cache
         arrays = (labels, styles, colours, backgrounds, noise)
-        return np.concatenate([draw(rng, *(a[part] for a in arrays)) for part in parts])
-    column = lambda a: np.asarray(a)[:, None, None]
+        images = []
+        for part in np.array_split(np.arange(n), math.ceil(n / 500)):
+            images.append(render(rng, *[a[part] for a in arrays]))
+        return np.concatenate(images)
+    # Where a pixel lies in the coordinates of its shape, which is moved, turned and scaled at random
     grid = (np.arange(size) + 0.5) / size - 0.5
     gx, gy = np.meshgrid(grid, -grid)
     radius, angle = rng.uniform(0.3, 0.44, n), np.deg2rad(rng.uniform(-15, 15, n))
-    x, y = (g - column(rng.uniform(-0.05, 0.05, n)) for g in (gx, gy))
+    x = gx - column(rng.uniform(-0.05, 0.05, n))
+    y = gy - column(rng.uniform(-0.05, 0.05, n))
     cos, sin = column(np.cos(angle) / radius), column(np.sin(angle) / radius)
     u, v = cos * x + sin * y, cos * y - sin * x
     f = np.empty((n, size, size))
-    for c, (_, _, inside) in enumerate(SHAPES.values()):
-        f[labels == c] = inside(u[labels == c], v[labels == c])
-    f *= column(radius * size)  # in pixels
-    photo, lines = np.clip(0.5 - f, 0, 1), (np.arange(size) + np.arange(size)[:, None]) % 5 < 3
-    ink = np.choose(column(styles), [photo, np.clip(1.3 - abs(f), 0, 1), photo * lines, np.exp(-abs(f) / 1.8),
-                                     1 / (1 + np.exp(np.clip(f / 1.3, -30, 30)))])[..., None]
+    for c, (outline, _, _) in enumerate(SHAPES.values()):
+        f[labels == c] = outline(u[labels == c], v[labels == c])
+    f *= column(radius * size)  # in pixels from the outline
+    # Ink: how much of a pixel has the shape's colour, by style
+    filled = np.clip(0.5 - f, 0, 1)
+    stripes = (np.arange(size) + np.arange(size)[:, None]) % 5 < 3
+    sketch, neon = np.clip(1.3 - abs(f), 0, 1), np.exp(-abs(f) / 1.8)
+    painting = 1 / (1 + np.exp(np.clip(f / 1.3, -30, 30)))
+    ink = np.choose(column(styles), [filled, sketch, filled * stripes, neon, painting])[..., None]
     front = np.array(list(COLOURS.values()))[colours] + rng.normal(0, 0.12, (n, 3))
     back = np.array(list(BACKGROUNDS.values()))[backgrounds] + rng.normal(0, 0.08, (n, 3))
     back[styles == 1], back[styles == 3] = 0.93, 0.06  # sketches are on paper, neon is in the dark
-    shade = [column(rng.uniform(-0.25, 0.25, n)) for _ in range(2)]
-    image = (back[:, None, None] + (shade[0] * gx + shade[1] * gy)[..., None]) * (1 - ink) + front[:, None, None] * ink
+    shade_x, shade_y = column(rng.uniform(-0.25, 0.25, n)), column(rng.uniform(-0.25, 0.25, n))
+    shaded = back[:, None, None] + (shade_x * gx + shade_y * gy)[..., None]
+    image = shaded * (1 - ink) + front[:, None, None] * ink
     image += rng.normal(0, 1, image.shape) * column(noise)[..., None]
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
@@ -1477,36 +2090,45 @@ def captions(rng, labels, styles, colours, backgrounds, named):
     for c, style, colour, background, name in zip(labels, styles, colours, backgrounds, named):
         style = "photo" if rng.random() < 0.15 else STYLES[style]
         c = rng.integers(len(names)) if rng.random() < 0.05 else c
-        what = SHAPES[names[c]][1] if rng.random() < 0.45 else names[c]
-        text = f"a {style} of a {what}" if name else f"a {style} of a shape with {SHAPES[names[c]][0]}"
-        text += f" in {list(COLOURS)[colour]}" * (rng.random() < 0.2)
-        texts.append(text + f" on {list(BACKGROUNDS)[background]}" * (rng.random() < 0.15))
+        _, look_alike, description = SHAPES[names[c]]
+        what = look_alike if rng.random() < 0.45 else names[c]
+        text = f"a {style} of a {what}" if name else f"a {style} of a shape with {description}"
+        if rng.random() < 0.2:
+            text += f" in {list(COLOURS)[colour]}"
+        if rng.random() < 0.15:
+            text += f" on {list(BACKGROUNDS)[background]}"
+        texts.append(text)
     return texts
+
+
+def shapes_split(name, key, n, style=0, colour=0.0, background=0.0, noise=0.09):
+    """n images of one style, in which colour and background are the class's own with these probabilities."""
+    rng = np.random.default_rng([7, key])
+    y = rng.integers(len(SHAPES), size=n)
+    colours = prefer(rng, y % 6, colour)
+    backgrounds = prefer(rng, (y + y // 6) % 6, background)
+    return ImageSet(name, render(rng, y, np.full(n, style), colours, backgrounds, np.full(n, noise)), y)
 
 
 def shapes_data(root, args):
     """The reference data (photo style, biased context) and its six shifts (free context); `root` is not used."""
-    def split(name, key, n, style=0, colour=0.0, background=0.0, noise=0.09):
-        rng = np.random.default_rng([7, key])
-        y = rng.integers(len(SHAPES), size=n)
-        images = draw(rng, y, np.full(n, style), prefer(rng, y % 6, colour),
-                      prefer(rng, (y + y // 6) % 6, background), np.full(n, noise))
-        return ImageSet(name, images, y)
-
     biased = dict(colour=0.5, background=0.93)
-    shifts = {"recolor": {}, **{STYLES[i]: {"style": i} for i in range(1, 5)}, "noisy": {"noise": 0.18}}
-    tests = {"test": split("test", 3, 1000, **biased),
-             **{name: split(name, 10 + i, 1000, **how) for i, (name, how) in enumerate(shifts.items())}}
-    return Data(list(SHAPES), ["a photo of a {}"], split("train", 1, 3000, **biased), split("val", 2, 1000, **biased),
-                tests, [(name, f"a photo of a shape with {text}") for name, (text, _, _) in SHAPES.items()])
+    tests = {"test": shapes_split("test", 3, 1000, **biased)}
+    shifts = {"recolor": {}, "sketch": {"style": 1}, "striped": {"style": 2}, "neon": {"style": 3},
+              "painting": {"style": 4}, "noisy": {"noise": 0.18}}
+    for key, (name, how) in enumerate(shifts.items(), start=10):
+        if wanted(name, args, shifts):
+            tests[name] = shapes_split(name, key, 1000, **how)
+    described = [(name, f"a photo of a shape with {text}") for name, (_, _, text) in SHAPES.items()]
+    return Data(list(SHAPES), ["a photo of a {}"], shapes_split("train", 1, 3000, **biased),
+                shapes_split("val", 2, 1000, **biased), tests, described)
 
 
 @functools.cache
 def shapes_clip(seed):
     """Folder of the tiny CLIP for --data shapes: pre-trained once a seed, then kept in the user's cache directory."""
-    source = inspect.getsource(sys.modules[__name__]).split("the embedded world", 1)[1] + inspect.getsource(learning_rate)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shapes-clip"
-    path = cache / f"s{seed}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    path = cache / f"s{seed}-v{SHAPES_VERSION}"
     if RANK == 0 and not path.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=cache))
@@ -1528,20 +2150,18 @@ def pretrain(seed, out, n=40_000, epochs=8, batch=128, lr=2e-3):
     y, styles, named = rng.integers(len(SHAPES), size=n), rng.integers(5, size=n), rng.random(n) < 0.6
     colours = prefer(rng, y % 6, np.where(named, 0.3, 0))  # names, not descriptions, go with a colour
     backgrounds = rng.integers(6, size=n)
-    config = {"embed_dim": 64, "text_cfg": dict(context_length=20, vocab_size=49408, width=64, heads=2, layers=1),
-              "vision_cfg": dict(image_size=32, patch_size=8, width=96, head_width=32, layers=2, mlp_ratio=2.0)}
-    clip = open_clip.CLIP(**config)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PreprocessCfg.mean, PreprocessCfg.std))
-    images = torch.from_numpy(draw(rng, y, styles, colours, backgrounds, rng.uniform(0.03, 0.12, n)))
+    text_cfg = dict(context_length=20, vocab_size=49408, width=64, heads=2, layers=1)
+    vision_cfg = dict(image_size=32, patch_size=8, width=96, head_width=32, layers=2, mlp_ratio=2.0)
+    config = {"embed_dim": 64, "text_cfg": text_cfg, "vision_cfg": vision_cfg}
+    clip_model = open_clip.CLIP(**config)
+    images = torch.from_numpy(render(rng, y, styles, colours, backgrounds, rng.uniform(0.03, 0.12, n)))
     texts, which = np.unique(captions(rng, y, styles, colours, backgrounds, named), return_inverse=True)
     tokens = open_clip.SimpleTokenizer(context_length=20)(list(texts))
-    # Train the embeddings of the few ids in use: the optimiser would spend its time on 49,408 rows otherwise.
-    used, compact = tokens.unique(return_inverse=True)
-    embedding = clip.token_embedding
-    clip.token_embedding = nn.Embedding.from_pretrained(embedding.weight.detach()[used], freeze=False)
-    matrices = [p for p in clip.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
-                                   {"params": [p for p in clip.parameters() if p.ndim < 2], "weight_decay": 0.0}],
+    whole = clip_model.token_embedding
+    used, tokens = shrink_vocabulary(clip_model, tokens)
+    matrices = [p for p in clip_model.parameters() if p.ndim > 1]
+    vectors = [p for p in clip_model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.98))
     total, order, target = n // batch * epochs, [], torch.arange(batch)
     for step in tqdm(range(total), "pre-training the tiny CLIP (once)", disable=None):
@@ -1550,19 +2170,19 @@ def pretrain(seed, out, n=40_000, epochs=8, batch=128, lr=2e-3):
         chosen, order = order[:batch], order[batch:]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, lr, 0.1)
-        pixels = (images[chosen].permute(0, 3, 1, 2) / 255 - mean) / std
+        x = clip_model.encode_image(normalized(images[chosen].permute(0, 3, 1, 2), PreprocessCfg()), normalize=True)
         unique, back = torch.from_numpy(which[chosen]).unique(return_inverse=True)
-        z = clip.logit_scale.exp() * clip.encode_image(pixels, normalize=True) @ clip.encode_text(
-            compact[unique], normalize=True)[back].T
+        t = clip_model.encode_text(tokens[unique], normalize=True)[back]
+        z = clip_model.logit_scale.exp() * x @ t.T
         loss = (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        clip.logit_scale.data.clamp_(max=math.log(100))
-    embedding.weight.data[used] = clip.token_embedding.weight.data
-    clip.token_embedding = embedding
+        clip_model.logit_scale.data.clamp_(max=math.log(100))
+    whole.weight.data[used] = clip_model.token_embedding.weight.data
+    clip_model.token_embedding = whole
     torch.set_rng_state(state)
-    save_tensors(out / "open_clip_model.safetensors", clip.state_dict())
+    save_tensors(out / "open_clip_model.safetensors", clip_model.state_dict())
     write_json(out / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
 
 

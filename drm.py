@@ -60,15 +60,15 @@ RECIPES = {
 
 
 def get_args():
-    p = common.parser(__doc__, freeze=())
+    p = common.parser(__doc__)
     p.add("--descriptions", "none", "JSON: {class: text}, {index: text} or {class: [texts]}; shapes brings its own")
     p.add("--prompt", common.RECIPE, "default prompt, {} is the class name")
-    p.add("--lam", common.RECIPE, "lambda, weight of the worst-case risk; 0 is ERM", type=common.number(low=0))
-    p.add("--beta", 0.5, "weight of the df head at inference (paper: 0.5)", type=common.number(low=0, high=1))
+    p.add("--lam", common.RECIPE, "lambda, weight of the worst-case risk; 0 is ERM", type=common.limited(low=0))
+    p.add("--beta", 0.5, "weight of the df head at inference (paper: 0.5)", type=common.limited(low=0, high=1))
     p.add("--affinity", "softmax", "how p_c is made of the zero-shot similarities", choices=["softmax", "minmax"])
     p.add("--tune-text", False, "train the text tower too", action=argparse.BooleanOptionalAction)
     p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha DRM image tower and heads",
-          type=common.number(low=0, high=1))
+          type=common.limited(low=0, high=1))
     p.add("--baseline", common.RECIPE, "also train with lambda = 0 (ERM)", action=argparse.BooleanOptionalAction)
     p.add("--ablate", False, "also train both affinities with lambda 0.3 and 1", action=argparse.BooleanOptionalAction)
     p.add("--print-prompt", False, "print a request for descriptions, to give to an LLM, and end",
@@ -254,8 +254,8 @@ def fine_tune(setup, heads, texts, features_0, lam, affinity, out):
             model.head.copy_(tuned.heads())
         text = {k: v for k, v in tuned.clip.state_dict().items() if not k.startswith("visual.")}
     else:
-        setup.fit(model, loss_fn, out)
-    df = setup.classifier(head=model.head[:C], own=False)
+        setup.fit(model, loss_fn, out, lambda m, x: m(x)[0][:, :C])
+    df = setup.classifier(head=model.head[:C], own_tower=False)
     df.visual = model.visual
     common.save_run(setup, df, out, head={"head_cd": model.head[C:], "head_0": heads[:C]}, text=text)
     return model
@@ -268,15 +268,11 @@ def main():
     if args.print_prompt:
         return print(REQUEST + json.dumps(common.load_data(args).classnames, indent=1, ensure_ascii=False))
 
-    def check(setup):
-        """The texts of both heads as tokens."""
-        prompts = [[args.prompt.replace("{}", c)] for c in setup.data.classnames]
-        read = read_descriptions(args, setup.data)
-        if setup.finetuned and "head_cd" not in common.load_tensors(Path(args.finetuned) / "head.safetensors")[0]:
-            raise common.Fail(f"--finetuned {args.finetuned}: not a run of drm.py, its head has no cd part")
-        return [tokenize(texts, setup.tokenizer, setup.clip.context_length, source)
-                for texts, source in ((prompts, "--prompt"), (read, "descriptions"))]
-    setup = common.start(args, check)
+    setup = common.start(args)
+    prompts = [[args.prompt.replace("{}", c)] for c in setup.data.classnames]
+    read = read_descriptions(args, setup.data)
+    setup.checked = [tokenize(texts, setup.tokenizer, setup.clip.context_length, source) for texts, source in ((prompts, "--prompt"), (read, "descriptions"))]
+    setup.out = common.run_folder(args)
     texts = [(tokens.to(setup.device), owner.to(setup.device)) for tokens, owner in setup.checked]
     with torch.no_grad():
         heads = torch.cat([text_head(setup.clip, *t, len(setup.data.classnames)) for t in texts])  # (2C, D)

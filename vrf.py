@@ -5,7 +5,7 @@ that only the fine-tuned model gets right, the more the fine-tuned model counts.
 
 Equations
     Eq. (1)  output-space ensemble OSE   alpha p_ft + (1 - alpha) p_zs                        ensemble, fixed weight
-    Eq. (2)  weight-space ensemble WSE   weights (1 - alpha) theta_zs + alpha theta_ft        common.merged
+    Eq. (2)  weight-space ensemble WSE   weights (1 - alpha) theta_zs + alpha theta_ft        weight_ensemble
     Eq. (3)  zero-shot failures          V = {v_i : y_i = argmax f_ft(x_i), y_i != argmax f_zs(x_i)}  zero_shot_failures
     Eq. (4)  distance                    d(x) = ||v - v_(k)||_2 to the k-th nearest of V              knn_distance
     Eq. (5)  ensemble                    p_vrf = omega p_ft + (1 - omega) p_zs                        ensemble
@@ -33,17 +33,15 @@ Usage
     python vrf.py                                                     # the embedded data, fine-tunes first
     python vrf.py --finetuned runs/wise_ft-shapes-s0/fine-tuned       # on any run's model, here before the averaging
     python vrf.py --data imagenet --data-dir ~/data                   # the paper's main experiment
-    python vrf.py --resume runs/vrf-shapes-s0 --predict MY_IMAGES     # path, class, probability, d, omega a line
+    python vrf.py --finetuned runs/vrf-shapes-s0 --predict MY_IMAGES  # path, class, probability, d, omega a line
 Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on ImageNet / mean of 5 shifts (not run by us):
     zero-shot 68.3/58.4, fine-tuned 81.3/53.7, WSE 82.5/60.6, OSE 82.2/60.2, VRF 82.3/61.8.
 """
 import argparse
-import contextlib
 import copy
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -57,35 +55,49 @@ RECIPES = {
     "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none", k_rule="paper"),
     "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1, k_rule="paper"),
     "imagenet": dict(PAPER, holdout=0.02, sweep=False),
-    **{data: PAPER for data in ("domainnet", "cifar10", "iwildcam", "fmow")},  # ImageNet's recipe, not tuned
+    "cifar10": PAPER,
+    "iwildcam": PAPER,  # this and the next two are not in the paper
+    "fmow": PAPER,
+    "domainnet": dict(PAPER, holdout=0.02),
 }
-ALPHAS = [round(0.05 * i, 2) for i in range(21)]  # of OSE and WSE
+OSE_ALPHAS = [round(0.05 * i, 2) for i in range(21)]
+WSE_ALPHAS = OSE_ALPHAS[::2]
 
 
 def get_args():
+    switch = argparse.BooleanOptionalAction
     p = common.parser(__doc__)
     p.add("--distance", "squared", "squared as the code, l2 as the paper", choices=["squared", "l2"])
     p.add("--k-rule", common.RECIPE, "k = round(1000 |V| / |train|) as the code, floor(0.1% |V|) as the paper",
           choices=["code", "paper"])
-    p.add("--k", 0, "k itself; 0 follows --k-rule", type=common.number(int, 0))
+    p.add("--k", 0, "k itself; 0 follows --k-rule", type=common.limited(int, 0))
     p.add("--a", 1.5, "distance at which both models count the same, without --sweep (paper: 1.5)",
-          type=common.number(above=0))
-    p.add("--b", 0.6, "width of the change, without --sweep (paper: 0.6)", type=common.number(above=0))
-    p.add("--sweep", common.RECIPE, "choose a and b on held-out images",
-          action=argparse.BooleanOptionalAction)
+          type=common.limited(above=0))
+    p.add("--b", 0.6, "width of the change, without --sweep (paper: 0.6)", type=common.limited(above=0))
+    p.add("--sweep", common.RECIPE, "choose a and b on held-out images", action=switch)
     p.add("--tolerance", 0.5, "held-out accuracy in percent that --sweep gives up for a smaller omega",
-          type=common.number(low=0))
-    p.add("--calibrate", True, "temperatures at which confidence equals accuracy",
-          action=argparse.BooleanOptionalAction)
+          type=common.limited(low=0))
+    p.add("--calibrate", True, "temperatures at which confidence equals accuracy", action=switch)
     p.add("--space", "probabilities", "what is averaged; logits is the paper's Section 5.3",
           choices=["probabilities", "logits"])
-    p.add("--select-on-test", False, "calibrate and sweep on the ID test set, as the released code does",
-          action=argparse.BooleanOptionalAction)
-    p.add("--predict", "none", "with --resume of a finished run: folder of images to apply its ensemble to")
+    p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
+    p.add("--select-on-test", False, "calibrate and sweep on the ID test set, as the released code does", action=switch)
     return common.parse(p, "vrf", RECIPES)
 
 
 # ---------------------------------------------------- Equations ----------------------------------------------------
+
+def weight_ensemble(theta_zs, theta_ft, alpha):
+    """Eq. (2): (1 - alpha) theta_zs + alpha theta_ft of two state dicts; integer entries are theta_ft's.
+
+    Source: released code, src/models/modeling.py. For 0 < alpha < 1 equal to WiSE-FT's Eq. (1).
+    """
+    found = dict(theta_ft)
+    for name, value in theta_ft.items():
+        if value.is_floating_point():
+            found[name] = (1 - alpha) * theta_zs[name] + alpha * value
+    return found
+
 
 def zero_shot_failures(logits_zs, logits_ft, labels):
     """Eq. (3): (N,) bool, images that the fine-tuned model gets right and the zero-shot model wrong; logits (N, C)."""
@@ -95,7 +107,7 @@ def zero_shot_failures(logits_zs, logits_ft, labels):
 def neighbours(failures, images, rule="code"):
     """k of a bank with |V| = failures among |train| = images: code: round(1000 |V| / |train|); paper: floor(0.1% |V|);
     kept within [1, |V|]."""
-    k = round(failures / images * 1000) if rule == "code" else failures // 1000
+    k = round(failures / max(images, 1) * 1000) if rule == "code" else failures // 1000
     return max(1, min(k, failures))
 
 
@@ -154,62 +166,128 @@ def ensemble(logits_zs, logits_ft, weight, t_zs=1.0, t_ft=1.0, space="probabilit
 
 # ---------------------------------------------------- Inference ----------------------------------------------------
 
-def accuracy(probs, labels):
-    return 100 * (probs.argmax(1) == labels).double().mean().item()
-
-
-def sweep_weight(mix, d, labels, tolerance):
-    """(a, b) on held-out images: of the grid's pairs within `tolerance` of the best accuracy, the smallest mean omega.
-
-    mix(weight) -> probabilities (N, C); d (N,). The grid: a at quantiles of d, b at fractions of its spread.
-    """
-    spread = max(d.std(correction=0).item(), 1e-6)
-    quantiles = d.double().quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist()
-    grid = [(max(a, 1e-6), b * spread) for a in quantiles for b in (0.25, 0.5, 1.0, 2.0)]
-    scores = [(accuracy(mix(ft_weight(d, a, b)), labels), -ft_weight(d, a, b).mean().item(), (a, b)) for a, b in grid]
-    best = max(s[0] for s in scores)
-    return max(scores, key=lambda s: (s[0] >= best - tolerance, s[1]))[2]
-
-
-def both(zero_shot, fine_tuned, images):
-    """{logits_zs, logits_ft (B, C), v (B, D)} of a batch: both models' logits, the fine-tuned model's unit features."""
-    logits_ft, v = fine_tuned(images)
-    return {"logits_zs": zero_shot(images)[0], "logits_ft": logits_ft, "v": v}
-
-
-def both_outputs(zero_shot, fine_tuned, dataset, setup, folder):
-    """both() of a data set, with logits (N, C') in its label space; computed once for these models."""
-    def outputs(images, labels):
-        found = both(zero_shot, fine_tuned, images)
-        return {k: dataset.project(x) if k != "v" else x for k, x in found.items()}
-    return common.collect_once(outputs, [zero_shot, fine_tuned], dataset, setup, folder)
+class Outputs(NamedTuple):
+    """What the ensembles need of N images."""
+    logits_zs: torch.Tensor  # (N, C') in the set's label space
+    logits_ft: torch.Tensor  # (N, C')
+    v: torch.Tensor          # (N, D) unit features of the fine-tuned model
+    d: torch.Tensor          # (N,) distance to the failures, NaN if there are none
+    labels: torch.Tensor     # (N,)
 
 
 def failures_of(zero_shot, fine_tuned, setup, folder):
-    """V (|V|, D): unit features of the zero-shot failures; setup.data.train is un-augmented, only fit() augments."""
+    """V (|V|, D): unit features of the zero-shot failures among the un-augmented training images."""
     def outputs(images, labels):
-        found = both(zero_shot, fine_tuned, images)
-        return {"failure": zero_shot_failures(found["logits_zs"], found["logits_ft"], labels), "v": found["v"]}
+        logits_ft, v = fine_tuned(images)
+        return {"failure": zero_shot_failures(zero_shot(images)[0], logits_ft, labels), "v": v}
     seen = common.collect_once(outputs, [zero_shot, fine_tuned], setup.data.train, setup, folder)
     return seen["v"][seen["failure"]]
 
 
-def distances(v, bank, state, device):
-    return knn_distance(v.to(device), bank.to(device), state["k"], state["distance"] == "squared").cpu()
+def outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder):
+    """Outputs of an ImageSet, computed once for these two models but for the distance."""
+    def outputs(x, labels):
+        logits_ft, v = fine_tuned(x)
+        return {"logits_zs": images.project(zero_shot(x)[0]), "logits_ft": images.project(logits_ft), "v": v}
+    found = common.collect_once(outputs, [zero_shot, fine_tuned], images, setup, folder)
+    d = distances(found["v"], bank, k, setup.args.distance, setup.device)
+    return Outputs(**found, d=d, labels=images.labels)
+
+
+def distances(v, bank, k, kind, device):
+    if not len(bank):
+        return torch.full((len(v),), torch.nan)
+    return knn_distance(v.to(device), bank.to(device), k, kind == "squared").cpu()
+
+
+def accuracy(log_probs, labels):
+    return 100 * (log_probs.argmax(1) == labels).double().mean().item()
+
+
+class Ensembles:
+    """Eq. (1) and (5) as log-probabilities, with the temperatures and the space of averaging of a run."""
+
+    def __init__(self, t_zs, t_ft, space):
+        self.t_zs, self.t_ft, self.space = t_zs, t_ft, space
+
+    def __call__(self, outputs, weight):
+        """Log-probabilities (N, C') of Outputs; weight of the fine-tuned model: (N,), or one number."""
+        if self.space == "logits":
+            return ensemble(outputs.logits_zs, outputs.logits_ft, weight, self.t_zs, self.t_ft, "logits").log()
+        return common.log_mixture(outputs.logits_ft / self.t_ft, outputs.logits_zs / self.t_zs, weight)
+
+
+def temperatures(outputs, name):
+    """(T_zs, T_ft) at which confidence equals accuracy on these Outputs."""
+    found = [calibration_temperature(z, outputs.labels) for z in (outputs.logits_zs, outputs.logits_ft)]
+    for model, t in zip(("zero-shot", "fine-tuned"), found):
+        if not 1.01e-3 < t < 0.99e3:
+            common.say(f"warning: no temperature gives the {model} model's accuracy on {name}; {t:.3g} is used")
+    return found
+
+
+def best_alpha(mix, outputs):
+    """OSE's alpha: the best accuracy on these Outputs, of equals the smallest."""
+    return max(OSE_ALPHAS, key=lambda alpha: accuracy(mix(outputs, alpha), outputs.labels))
+
+
+def best_wse_alpha(zero_shot, fine_tuned, images, setup):
+    """WSE's alpha, likewise."""
+    rows = wse_rows(zero_shot, fine_tuned)
+
+    def right(x, labels):
+        return {name: z.argmax(1) == labels for name, z in rows(x, images.project).items()}
+    found = common.collect(right, images, setup)
+    return max(WSE_ALPHAS, key=lambda alpha: found[str(alpha)].double().mean())
+
+
+def wse_rows(zero_shot, fine_tuned):
+    """rows(images, project) -> {alpha as text: logits}; one merged model at a time: eleven would fill a GPU."""
+    ends, model = (zero_shot.state_dict(), copy.deepcopy(fine_tuned.state_dict())), copy.deepcopy(fine_tuned)
+
+    def rows(images, project):
+        found = {}
+        for alpha in WSE_ALPHAS:
+            model.load_state_dict(weight_ensemble(*ends, alpha))
+            found[str(alpha)] = project(common.classify(model, images))
+        return found
+    return rows
+
+
+def sweep_weight(mix, outputs, tolerance):
+    """(a, b): of the grid's pairs within `tolerance` of the best accuracy on Outputs, the smallest mean omega.
+
+    mix(outputs, weight) -> probabilities or their logarithms (N, C). The grid: a at quantiles of d, b at fractions of
+    its spread.
+    """
+    d = outputs.d
+    spread = max(d.std(correction=0).item(), 1e-6)
+    tried = []
+    for a in d.double().quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist():
+        for b in (0.25 * spread, 0.5 * spread, spread, 2 * spread):
+            a = max(a, 1e-6)
+            omega = ft_weight(d, a, b)
+            tried.append((accuracy(mix(outputs, omega), outputs.labels), omega.mean().item(), a, b))
+    best = max(score for score, *_ in tried)
+    near = [t for t in tried if t[0] >= best - tolerance]
+    return min(near, key=lambda t: t[1])[2:]
 
 
 # ----------------------------------------------------- Figures -----------------------------------------------------
 
-def plot_ratio(d, right_zs, right_ft, state, path, bins=12):
+def plot_ratio(tests, state, path, bins=12):
     """The paper's Figure 1b: Acc_ft / Acc_zs in bins of d(x) over all test images, with the weight curve omega(d)."""
     plt = common.pyplot()
-    if plt is None:
+    if plt is None or not state["failures"]:
         return
-    order = d.argsort()
-    parts = [p for p in order.tensor_split(bins) if len(p) and right_zs[p].any()]
+    d = torch.cat([outputs.d for outputs in tests])
+    right_zs = torch.cat([outputs.logits_zs.argmax(1) == outputs.labels for outputs in tests])
+    right_ft = torch.cat([outputs.logits_ft.argmax(1) == outputs.labels for outputs in tests])
+    parts = [p for p in d.argsort().tensor_split(bins) if len(p) and right_zs[p].any()]
+    ratio = [right_ft[p].double().mean() / right_zs[p].double().mean() for p in parts]
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    ax.plot([d[p].mean() for p in parts], [right_ft[p].double().mean() / right_zs[p].double().mean() for p in parts],
-            "o-", color="tab:blue", label=r"Acc$_{ft}$ / Acc$_{zs}$, equal-count bins")
+    ax.plot([d[p].mean() for p in parts], ratio, "o-", color="tab:blue",
+            label=r"Acc$_{ft}$ / Acc$_{zs}$, equal-count bins")
     ax.axhline(1, color="grey", linewidth=0.8)
     ax.set(xlabel=f"d(x), {state['distance']} distance to neighbour {state['k']} of {state['failures']} failures",
            ylabel=r"Acc$_{ft}$ / Acc$_{zs}$")
@@ -221,159 +299,124 @@ def plot_ratio(d, right_zs, right_ft, state, path, bins=12):
     figure.savefig(path, dpi=150)
 
 
-def plot_plane(curves, points, measure, path):
-    """The paper's Figure 1a: ID accuracy against mean shift accuracy, the curves of OSE and WSE and VRF's point."""
-    plt = common.pyplot()
-    if plt is None or len(measure) < 2:
-        return
-    figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    for (name, values), style in zip(curves.items(), ("-o", "-s")):
-        ax.plot(*zip(*values), style, markersize=4, label=rf"{name}, $\alpha$ from 0 to 1")
-    for (name, value), marker in zip(points.items(), ("P", "X", "*")):
-        ax.plot(*value, marker, markersize=16 if name == "VRF" else 10, linestyle="none", label=name,
-                color={"VRF": "tab:red"}.get(name, "black"))
-    common.percent_axes(ax, [], f"accuracy on {next(iter(measure))} (ID), %",
-                        f"mean accuracy on {len(measure) - 1} shifts (OOD), %")
-    ax.legend()
-    figure.savefig(path, dpi=150)
-
-
 # ------------------------------------------------------ main ------------------------------------------------------
 
-def fine_tune(setup, out):
-    """Plain end-to-end fine-tuning as in the paper: WiSE-FT's recipe and head. Returns (zero-shot, fine-tuned)."""
+def fine_tune(setup, zero_shot, out):
+    """Plain end-to-end fine-tuning as in the paper: WiSE-FT's recipe and head."""
     def loss_fn(model, batch):
         return F.cross_entropy(model(batch.images)[0], batch.labels), {}
-    zero_shot = setup.classifier(folded=True)
-    fine_tuned = setup.fit(copy.deepcopy(zero_shot), loss_fn, out)
-    common.save_run(setup, fine_tuned, out)
-    return zero_shot, fine_tuned
-
-
-def choose(seen, chosen_set, bank, mix, wse_rows, setup, state):
-    """Complete `state` with what is chosen on `chosen_set` from its outputs `seen`: temperatures, alphas, a and b."""
-    args = setup.args
-    if args.calibrate:
-        for key, logits in (("t_zs", "logits_zs"), ("t_ft", "logits_ft")):
-            state[key] = calibration_temperature(seen[logits], chosen_set.labels)
-            if not 1.01e-3 < state[key] < 0.99e3:
-                common.say(f"warning: no temperature gives {chosen_set.name}'s accuracy; {key} is {state[key]:.3g}")
-    if seen:
-        state["alpha"] = max(ALPHAS, key=lambda a: accuracy(mix(seen, a), chosen_set.labels))
-        right = common.collect(lambda x, y: {a: z.argmax(1) == y for a, z in wse_rows(x, chosen_set.project).items()},
-                               chosen_set, args, setup.device)
-        state["alpha_wse"] = float(max(right, key=lambda a: right[a].double().mean()))
-        if args.sweep and len(bank):
-            state["a"], state["b"] = sweep_weight(lambda w: mix(seen, w), seen["d"], chosen_set.labels, args.tolerance)
-
-
-def leave(setup, bank, outputs, state, results, curve, wse):
-    """What else a run leaves: vrf.json and the bank for --predict, and the two figures."""
-    tests, point = setup.data.tests, lambda row: common.id_ood(row, setup.measure)
-    common.write_json(setup.out / "vrf.json", state)
-    common.save_tensors(setup.out / state["bank"], {"bank": bank})
-    if len(bank):
-        right = [torch.cat([outputs[t][z].argmax(1) == tests[t].labels for t in tests])
-                 for z in ("logits_zs", "logits_ft")]
-        plot_ratio(torch.cat([outputs[t]["d"] for t in tests]), *right, state, setup.out / "ratio.png")
-    plot_plane({"OSE": [point(row) for row in curve.values()], "WSE": [point(row) for row in wse.values()]},
-               {k: point(results[k]) for k in ("zero-shot", "fine-tuned", "VRF")}, setup.measure,
-               setup.out / "plane.png")
+    fine_tuned = copy.deepcopy(zero_shot)
+    for p in (fine_tuned.head, fine_tuned.bias):
+        p.requires_grad_(setup.args.freeze != "head")
+    setup.fit(fine_tuned, loss_fn, out)
+    return fine_tuned
 
 
 def main():
     args = get_args()
     if args.predict != "none":
-        return predict_folder(args)
+        return predict(args)
     if args.sweep and (args.a, args.b) != (1.5, 0.6):
         raise common.Fail(f"--a {args.a:g} --b {args.b:g}: would be replaced by the sweep; add --no-sweep")
+    setup = common.start(args)
+    if (args.calibrate or args.sweep) and not args.select_on_test and not len(setup.data.val):
+        raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the model is trained, or "
+                          "pass --no-calibrate --no-sweep, or --select-on-test")
 
-    def check(setup):
-        if (args.calibrate or args.sweep) and not args.select_on_test and not len(setup.data.val):
-            raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the model is trained, "
-                              "or pass --no-calibrate --no-sweep, or --select-on-test")
-    setup = common.start(args, check)
-    folder = Path(args.finetuned) if setup.finetuned else setup.out / "fine-tuned"
-    zero_shot, fine_tuned = setup.finetuned or fine_tune(setup, folder)
+    # The two models
+    if args.finetuned != "none":
+        zero_shot, fine_tuned = common.load_finetuned(setup)
+        setup.out = common.run_folder(args)
+    else:
+        setup.out = common.run_folder(args)
+        zero_shot = setup.classifier(folded=True)
+        common.evaluate_first(common.each({"zero-shot": zero_shot}), setup)
+        fine_tuned = fine_tune(setup, zero_shot, setup.out / "fine-tuned")
+    common.save_run(setup, zero_shot, setup.out / "zero-shot")
+    common.save_run(setup, fine_tuned, setup.out / "fine-tuned")
 
-    # Step 1: the zero-shot failures among the training images
+    # Step 1: the zero-shot failures V, and distances to them
+    is_folder = args.finetuned != "none" and Path(args.finetuned).is_dir()
+    folder = Path(args.finetuned) if is_folder else setup.out  # of the cache: other runs on this model find it
     bank = failures_of(zero_shot, fine_tuned, setup, folder)
     k = min(args.k, len(bank)) if args.k else neighbours(len(bank), len(setup.data.train), args.k_rule)
-    state = {"failures": len(bank), "k": k, "distance": args.distance, "space": args.space, "a": args.a, "b": args.b,
-             "alpha": 0.5, "alpha_wse": 0.5, "t_zs": 1.0, "t_ft": 1.0, "chosen_on": "held-out",
-             "bank": "vrf.safetensors", "finetuned": str(folder.resolve()) if setup.finetuned else folder.name}
+    tests = {name: outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder)
+             for name, images in setup.data.tests.items()}
 
-    # Step 2: distances and weights, chosen on held-out images
-    def mix(output, weight):
-        return ensemble(output["logits_zs"], output["logits_ft"], weight, state["t_zs"], state["t_ft"], args.space)
-
-    def wse_rows(images, project):  # one merged model at a time: eleven would fill a GPU
-        return {str(a): project(common.merged(zero_shot, fine_tuned, a)(images)[0]) for a in ALPHAS[::2]}
-
-    outputs = {name: both_outputs(zero_shot, fine_tuned, dataset, setup, folder)
-               for name, dataset in {"held-out": setup.data.val, **setup.data.tests}.items() if len(dataset)}
-    for output in outputs.values() if len(bank) else []:
-        output["d"] = distances(output["v"], bank, state, setup.device)
-    chosen_set = setup.data.val
+    # Step 2: temperatures, then alpha, then a and b, on held-out training images
+    chosen_on, images = "held-out", setup.data.val
     if args.select_on_test:
-        state["chosen_on"], chosen_set = next(iter(setup.data.tests.items()))
-        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {state['chosen_on']}, "
-                   "as the released code does; its accuracy is then not an estimate for new images")
-    choose(outputs.get(state["chosen_on"]), chosen_set, bank, mix, wse_rows, setup, state)
+        chosen_on, images = next(iter(setup.data.tests.items()))
+        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {chosen_on}, as the "
+                   "released code does; its accuracy is then not an estimate for new images")
+    t_zs, t_ft, alpha, alpha_wse, a, b = 1.0, 1.0, 0.5, 0.5, args.a, args.b
+    if len(images):
+        held_out = outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder)
+        if args.calibrate:
+            t_zs, t_ft = temperatures(held_out, chosen_on)
+    mix = Ensembles(t_zs, t_ft, args.space)
+    if len(images):
+        alpha = best_alpha(mix, held_out)
+        alpha_wse = best_wse_alpha(zero_shot, fine_tuned, images, setup)
+        if args.sweep and len(bank):
+            a, b = sweep_weight(mix, held_out, args.tolerance)
     if not len(bank):
         common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF falls back to OSE")
 
     # Step 3: the ensembles on the test sets
     results = {"zero-shot": {}, "fine-tuned": {}, "OSE": {}, "WSE": {}, "VRF": {}}
-    curve = {a: {} for a in ALPHAS}
-    for name, dataset in setup.data.tests.items():
-        output = outputs[name]
-        score = lambda logits: common.metrics(common.per_image(logits, dataset.labels), dataset)
-        log = lambda probs: probs.clamp_min(1e-30).log()
-        for a in ALPHAS:
-            curve[a][name] = score(log(mix(output, a)))
-        omega = ft_weight(output["d"], state["a"], state["b"]) if len(bank) else state["alpha"]
-        results["zero-shot"][name] = score(output["logits_zs"])  # these two as they are, not calibrated
-        results["fine-tuned"][name] = score(output["logits_ft"])
-        results["OSE"][name] = curve[state["alpha"]][name]
-        results["VRF"][name] = score(log(mix(output, omega)))
-    wse = common.evaluate(wse_rows, setup)
-    results["WSE"] = wse[str(state["alpha_wse"])]
+    ose = {str(alpha): {} for alpha in OSE_ALPHAS}
+    for name, outputs in tests.items():
+        omega = ft_weight(outputs.d, a, b) if len(bank) else alpha
+        rows = {"zero-shot": outputs.logits_zs, "fine-tuned": outputs.logits_ft}  # as they are, not calibrated
+        rows |= {"OSE": mix(outputs, alpha), "VRF": mix(outputs, omega)}
+        for row, log_probs in rows.items():
+            results[row][name] = score(log_probs, setup.data.tests[name])
+        for weight in OSE_ALPHAS:
+            ose[str(weight)][name] = score(mix(outputs, weight), setup.data.tests[name])
+    wse = common.evaluate(wse_rows(zero_shot, fine_tuned), setup)
+    results["WSE"] = wse[str(alpha_wse)]
+
+    state = {"failures": len(bank), "k": k, "distance": args.distance, "space": args.space, "a": a, "b": b, "alpha": alpha,
+             "alpha_wse": alpha_wse, "t_zs": t_zs, "t_ft": t_ft, "chosen_on": chosen_on}
+    curves = {"ose_curve": plane(ose, setup), "wse_curve": plane(wse, setup)}
     if common.RANK == 0:
-        leave(setup, bank, outputs, state, results, curve, wse)
-    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on {state['chosen_on']}: "
-               + ", ".join(f"{key} {state[key]:.3g}" for key in ("k", "t_zs", "t_ft", "a", "b", "alpha", "alpha_wse")))
-    common.finish(setup, results, vrf=state,
-                  ose_curve={str(a): common.id_ood(t, setup.measure) for a, t in curve.items()},
-                  wse_curve={a: common.id_ood(t, setup.measure) for a, t in wse.items()})
+        common.write_json(setup.out / "vrf.json", state)
+        common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
+        plot_ratio(tests.values(), state, setup.out / "ratio.png")
+        points = plane({row: results[row] for row in ("zero-shot", "fine-tuned", "VRF")}, setup)
+        lines = {r"OSE, $\alpha$ from 0 to 1": curves["ose_curve"].values(),
+                 r"WSE, $\alpha$ from 0 to 1": curves["wse_curve"].values()}
+        common.plot_plane(points, lines, setup.measure, setup.out / "plane.png")  # the paper's Figure 1a
+    values = ", ".join(f"{key} {state[key]:.3g}" for key in ("k", "t_zs", "t_ft", "a", "b", "alpha", "alpha_wse"))
+    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on {chosen_on}: {values}")
+    common.finish(setup, results, vrf=state, **curves)
 
 
-def predict_folder(args):
-    """One line an image of --predict DIR: path, class, probability, d, omega, with the ensemble of --resume RUN."""
-    if args.resume == "none":
-        raise common.Fail(f"--predict {args.predict}: needs the finished run, as --resume RUN")
-    state = common.read_json(Path(args.resume) / "vrf.json", "a finished run of vrf.py")
-    bank = common.load_tensors(Path(args.resume) / state["bank"])[0]["bank"]
-    root = Path(args.predict)
-    paths = sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in common.IMG_EXTENSIONS)
-    broken = common.unreadable(paths)
-    for path, reason in broken.items():
-        print(f"{path} is left out: {reason}", file=sys.stderr)
-    paths = [path for path in paths if path not in broken]
-    if not paths:
-        raise common.Fail(f"--predict {root}: no folder with images in it")
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the lines alone
-        setup = common.start(args)
-    zero_shot, fine_tuned = common.load_run(Path(args.resume) / state["finetuned"], setup)
-    images = common.ImageSet("predict", paths, np.zeros(len(paths)))
-    images.transform = setup.data.val.transform
+def score(log_probs, images):
+    return common.metrics(common.image_scores(log_probs, images.labels), images)
 
-    output = common.collect(lambda x, y: both(zero_shot, fine_tuned, x), images, args, setup.device)
-    d = distances(output["v"], bank, state, setup.device) if len(bank) else torch.full((len(paths),), torch.nan)
-    omega = ft_weight(d, state["a"], state["b"]) if len(bank) else torch.full((len(paths),), state["alpha"])
-    probs = ensemble(output["logits_zs"], output["logits_ft"], omega, state["t_zs"], state["t_ft"], state["space"])
-    for path, p, di, w in zip(paths, probs, d.tolist(), omega.tolist()):
-        common.say(f"{path}\t{setup.data.classnames[p.argmax()]}\t{p.max():.4f}\t{di:.4f}\t{w:.4f}")
+
+def plane(rows, setup):
+    """{row: (ID, OOD)}"""
+    return {row: common.id_ood(tests, setup.measure) for row, tests in rows.items()}
+
+
+def predict(args):
+    """One line an image of --predict: path, class, probability, d, omega, with the ensemble of the run --finetuned."""
+    run = Path(args.finetuned)
+    state = common.read_json(run / "vrf.json", "a finished run of vrf.py")
+    bank = common.load_tensors(run / "vrf.safetensors")[0]["bank"]
+    device, amp = common.compute_device(args)
+    zero_shot, fine_tuned = (common.load_saved(run / part, device, amp) for part in ("zero-shot", "fine-tuned"))
+
+    def probabilities(images):
+        logits_ft, v = fine_tuned.model(images)
+        d = distances(v, bank, state["k"], state["distance"], device).to(device)
+        omega = ft_weight(d, state["a"], state["b"]) if len(bank) else torch.full_like(d, state["alpha"])
+        probs = ensemble(zero_shot.model(images)[0], logits_ft, omega, state["t_zs"], state["t_ft"], state["space"])
+        return probs, d, omega
+    common.predict_folder(args, fine_tuned, device, probabilities)
 
 
 if __name__ == "__main__":
