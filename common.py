@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number    lines 58-512    all that an auditor of a method has to read
-    Part 2  Files of a run              lines 513-1175   checkpoints, saved models, logs, tables, predictions
-    Part 3  Data                        lines 1176-1678   image sets, folders, the papers' data sets
-    Part 4  Flags and mistakes          lines 1679-1957  recipes, --resume, --finetuned, one line a mistake
-    Part 5  The embedded world          lines 1958-2191  `shapes` and its tiny CLIP
+    Part 1  What determines a number    lines 58-515    all that an auditor of a method has to read
+    Part 2  Files of a run              lines 516-1178   checkpoints, saved models, logs, tables, predictions
+    Part 3  Data                        lines 1179-1682   image sets, folders, the papers' data sets
+    Part 4  Flags and mistakes          lines 1683-1961  recipes, --resume, --finetuned, one line a mistake
+    Part 5  The embedded world          lines 1962-2195  `shapes` and its tiny CLIP
 
 Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk; nothing else in them
 changes a number. No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
@@ -65,10 +65,14 @@ class Setup:
     data: "Data"                # class names, templates, training, held-out and test images
     clip: nn.Module             # the pre-trained open_clip model, never trained in place
     tokenizer: object
-    head: torch.Tensor          # W (C, D), the zero-shot text head of the data's templates
     device: torch.device
     amp: torch.dtype | None     # of the towers; None is fp32
     out: Path = None            # the run's folder, from run_folder()
+
+    @functools.cached_property
+    def head(self):
+        """W (C, D), the zero-shot text head of the data's templates."""
+        return zero_shot_head(self.clip, self.tokenizer, self.data.classnames, self.data.templates)
 
     @property
     def scale(self):
@@ -97,7 +101,7 @@ class Setup:
 
 
 def start(args):
-    """Device, data, CLIP and its text head, as a Setup. Finds the mistakes in flags and trees; writes nothing."""
+    """Device, data and CLIP, as a Setup. Finds the mistakes in flags and trees; writes nothing."""
     torch.manual_seed(args.seed)
     device, amp = compute_device(args)
     data = load_data(args)
@@ -106,8 +110,7 @@ def start(args):
     preprocess = PreprocessCfg(**clip_model.visual.preprocess_cfg)
     for images in (data.train, data.val, *data.tests.values()):
         images.prepare(preprocess)
-    head = zero_shot_head(clip_model, tokenizer, data.classnames, data.templates)
-    setup = Setup(args, data, clip_model, tokenizer, head, device, amp)
+    setup = Setup(args, data, clip_model, tokenizer, device, amp)
     say(describe_run(setup))
     return setup
 
@@ -1280,6 +1283,7 @@ class Data:
     val: ImageSet | None  # None: load_data() holds out training images
     tests: dict           # name -> ImageSet; the first is the in-distribution (ID) test, all others are shifts (OOD)
     descriptions: object = None  # (key, value) pairs of a descriptions.json
+    other_names: list = None     # a second name of each class
 
 
 def load_data(args):
