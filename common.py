@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number    lines 58-515    all that an auditor of a method has to read
-    Part 2  Files of a run              lines 516-1178   checkpoints, saved models, logs, tables, predictions
-    Part 3  Data                        lines 1179-1682   image sets, folders, the papers' data sets
-    Part 4  Flags and mistakes          lines 1683-1961  recipes, --resume, --finetuned, one line a mistake
-    Part 5  The embedded world          lines 1962-2195  `shapes` and its tiny CLIP
+    Part 1  What determines a number    lines 58-528    all that an auditor of a method has to read
+    Part 2  Files of a run              lines 529-1191   checkpoints, saved models, logs, tables, predictions
+    Part 3  Data                        lines 1192-1695   image sets, folders, the papers' data sets
+    Part 4  Flags and mistakes          lines 1696-1974  recipes, --resume, --finetuned, one line a mistake
+    Part 5  The embedded world          lines 1975-2208  `shapes` and its tiny CLIP
 
 Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk; nothing else in them
 changes a number. No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
@@ -455,6 +455,19 @@ def log_mixture(logits_a, logits_b, weight):
     w = torch.as_tensor(weight, dtype=torch.double, device=logits_a.device).reshape(-1, 1)
     log_a, log_b = (torch.log_softmax(z.double(), dim=1) for z in (logits_a, logits_b))
     return torch.logaddexp(w.log() + log_a, (1 - w).log() + log_b)
+
+
+def choose(accuracy, weight, n, rule="one-se"):
+    """Index of the candidate to take by accuracy (K,), in percent, on n held-out images.
+
+    Held-out images are in-distribution: their accuracy alone prefers the fine-tuned model. one-se: of the candidates
+    within one standard error of the best, sqrt(p (1 - p) / n), the one whose mean weight (K,) of the fine-tuned model
+    is nearest 0.5, WiSE-FT's advice when nothing is known. best: the best accuracy, of equals the weight nearest 0.5.
+    """
+    p = max(accuracy) / 100
+    margin = 100 * math.sqrt(p * (1 - p) / n) if rule == "one-se" else 0
+    near = [i for i, a in enumerate(accuracy) if a >= max(accuracy) - margin]
+    return min(near, key=lambda i: abs(weight[i] - 0.5))
 
 
 # ---- Metrics ----

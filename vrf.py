@@ -15,19 +15,22 @@ Symbols: f_zs, f_ft logits and p_zs, p_ft probabilities of the two models; v uni
 
 Deviations (released code: knn_distance.py, models/calibration.py, main.py, baselines.py)
     1. From the paper, with the code: d is squared (faiss IndexFlatL2), to which a = 1.5, b = 0.6 belong; --distance l2.
+       The paper's own a, b differ: Table 7 has b = 0.5 for ViT-B/16, Table 10 has 61.8 at (1.5, 0.6), 61.7 at (1.5, 0.5).
     2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule paper, the default
        for shapes and folder, where the code's k would be near |V|. From both: k is kept within [1, |V|], and where V
        is empty VRF is OSE, with a warning.
     3. From the paper, with the code: logits are first divided by temperatures at which mean confidence equals accuracy;
        --no-calibrate. Ours is a bisection, theirs an unbounded interpolation search with tolerance 0.001.
     4. From the code: everything is chosen on held-out training images (2% of ImageNet's, 10% of a set without a
-       validation split), not on the ID test set; --select-on-test. OSE's alpha is one of 0, 0.05, ..., 1 and WSE's of
-       0, 0.1, ..., 1, of equals the smallest; theirs of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
-    5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From both: the sweep takes the
-       smallest mean omega (the most zero-shot) whose held-out accuracy is within --tolerance of the best. Accuracy
-       alone would pick omega = 1: held-out images are all in-distribution.
+       validation split), which are not in V either, not on the ID test set; --select-on-test. OSE's and WSE's alpha are
+       of 0, 0.1, ..., 1 as in the paper; the code's of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
+    5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From both: what is chosen is not
+       the best held-out accuracy (--choose best), which is ID accuracy and prefers the fine-tuned model: of the
+       candidates within one standard error of it, the one whose mean weight is nearest 0.5.
     6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe and its deviations (header of
        wise_ft.py); theirs is WiSE-FT's checkpoint.
+    7. Figure 1b: bins of equal count over all test images; the paper's are windows d +- 0.1, a curve a test set.
+    8. knn_distance ranks in fp32: of neighbours whose d differs by less than about 1e-6 either may be the k-th.
 
 Usage
     python vrf.py                                                     # the embedded data, fine-tunes first
@@ -39,6 +42,7 @@ Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on Image
 """
 import argparse
 import copy
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,8 +64,7 @@ RECIPES = {
     "fmow": PAPER,
     "domainnet": dict(PAPER, holdout=0.02),
 }
-OSE_ALPHAS = [round(0.05 * i, 2) for i in range(21)]
-WSE_ALPHAS = OSE_ALPHAS[::2]
+ALPHAS = [round(0.1 * i, 1) for i in range(11)]  # of OSE and WSE, as in the paper
 
 
 def get_args():
@@ -75,8 +78,8 @@ def get_args():
           type=common.limited(above=0))
     p.add("--b", 0.6, "width of the change, without --sweep (paper: 0.6)", type=common.limited(above=0))
     p.add("--sweep", common.RECIPE, "choose a and b on held-out images", action=switch)
-    p.add("--tolerance", 0.5, "held-out accuracy in percent that --sweep gives up for a smaller omega",
-          type=common.limited(low=0))
+    p.add("--choose", "one-se", "alpha, a and b: within one standard error of the best held-out accuracy the mean weight "
+          "nearest 0.5, or the best accuracy as the paper", choices=["one-se", "best"])
     p.add("--calibrate", True, "temperatures at which confidence equals accuracy", action=switch)
     p.add("--space", "probabilities", "what is averaged; logits is the paper's Section 5.3",
           choices=["probabilities", "logits"])
@@ -185,19 +188,20 @@ def failures_of(zero_shot, fine_tuned, setup, folder):
 
 
 def outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder):
-    """Outputs of an ImageSet, computed once for these two models but for the distance."""
+    """Outputs of an ImageSet, on the GPU if there is one; all but the distance is computed once for these two models."""
     def outputs(x, labels):
         logits_ft, v = fine_tuned(x)
         return {"logits_zs": images.project(zero_shot(x)[0]), "logits_ft": images.project(logits_ft), "v": v}
     found = common.collect_once(outputs, [zero_shot, fine_tuned], images, setup, folder)
     d = distances(found["v"], bank, k, setup.args.distance, setup.device)
-    return Outputs(**found, d=d, labels=images.labels)
+    own = Outputs(**found, d=d.cpu(), labels=images.labels)
+    return Outputs(*[x.cuda() for x in own]) if setup.device.type == "cuda" else own
 
 
 def distances(v, bank, k, kind, device):
     if not len(bank):
-        return torch.full((len(v),), torch.nan)
-    return knn_distance(v.to(device), bank.to(device), k, kind == "squared").cpu()
+        return torch.full((len(v),), torch.nan, device=device)
+    return knn_distance(v.to(device), bank.to(device), k, kind == "squared")
 
 
 def accuracy(log_probs, labels):
@@ -226,19 +230,21 @@ def temperatures(outputs, name):
     return found
 
 
-def best_alpha(mix, outputs):
-    """OSE's alpha: the best accuracy on these Outputs, of equals the smallest."""
-    return max(OSE_ALPHAS, key=lambda alpha: accuracy(mix(outputs, alpha), outputs.labels))
+def choose_alpha(mix, outputs, rule):
+    """OSE's alpha, on these Outputs."""
+    scores = [accuracy(mix(outputs, alpha), outputs.labels) for alpha in ALPHAS]
+    return ALPHAS[common.choose(scores, ALPHAS, len(outputs.labels), rule)]
 
 
-def best_wse_alpha(zero_shot, fine_tuned, images, setup):
-    """WSE's alpha, likewise."""
+def choose_wse_alpha(zero_shot, fine_tuned, images, rule, setup):
+    """WSE's alpha, on this ImageSet."""
     rows = wse_rows(zero_shot, fine_tuned)
 
     def right(x, labels):
         return {name: z.argmax(1) == labels for name, z in rows(x, images.project).items()}
     found = common.collect(right, images, setup)
-    return max(WSE_ALPHAS, key=lambda alpha: found[str(alpha)].double().mean())
+    scores = [100 * found[str(alpha)].double().mean().item() for alpha in ALPHAS]
+    return ALPHAS[common.choose(scores, ALPHAS, len(images), rule)]
 
 
 def wse_rows(zero_shot, fine_tuned):
@@ -247,30 +253,28 @@ def wse_rows(zero_shot, fine_tuned):
 
     def rows(images, project):
         found = {}
-        for alpha in WSE_ALPHAS:
+        for alpha in ALPHAS:
             model.load_state_dict(weight_ensemble(*ends, alpha))
             found[str(alpha)] = project(common.classify(model, images))
         return found
     return rows
 
 
-def sweep_weight(mix, outputs, tolerance):
-    """(a, b): of the grid's pairs within `tolerance` of the best accuracy on Outputs, the smallest mean omega.
+def sweep_weight(mix, outputs, rule):
+    """(a, b), on these Outputs: a among quantiles of d, b among fractions of its spread (paper: a grid, Section 3.2).
 
-    mix(outputs, weight) -> probabilities or their logarithms (N, C). The grid: a at quantiles of d, b at fractions of
-    its spread.
+    mix(outputs, weight) -> probabilities or their logarithms (N, C).
     """
-    d = outputs.d
+    d = outputs.d.double()
     spread = max(d.std(correction=0).item(), 1e-6)
-    tried = []
-    for a in d.double().quantile(torch.linspace(0, 1, 21, dtype=torch.double)).tolist():
+    grid, scores, weights = [], [], []
+    for a in d.quantile(torch.linspace(0, 1, 21, dtype=torch.double, device=d.device)).tolist():
         for b in (0.25 * spread, 0.5 * spread, spread, 2 * spread):
-            a = max(a, 1e-6)
-            omega = ft_weight(d, a, b)
-            tried.append((accuracy(mix(outputs, omega), outputs.labels), omega.mean().item(), a, b))
-    best = max(score for score, *_ in tried)
-    near = [t for t in tried if t[0] >= best - tolerance]
-    return min(near, key=lambda t: t[1])[2:]
+            omega = ft_weight(outputs.d, max(a, 1e-6), b)
+            grid.append((max(a, 1e-6), b))
+            scores.append(accuracy(mix(outputs, omega), outputs.labels))
+            weights.append(omega.mean().item())
+    return grid[common.choose(scores, weights, len(d), rule)]
 
 
 # ----------------------------------------------------- Figures -----------------------------------------------------
@@ -280,9 +284,9 @@ def plot_ratio(tests, state, path, bins=12):
     plt = common.pyplot()
     if plt is None or not state["failures"]:
         return
-    d = torch.cat([outputs.d for outputs in tests])
-    right_zs = torch.cat([outputs.logits_zs.argmax(1) == outputs.labels for outputs in tests])
-    right_ft = torch.cat([outputs.logits_ft.argmax(1) == outputs.labels for outputs in tests])
+    d = torch.cat([outputs.d for outputs in tests]).cpu()
+    right_zs = torch.cat([outputs.logits_zs.argmax(1) == outputs.labels for outputs in tests]).cpu()
+    right_ft = torch.cat([outputs.logits_ft.argmax(1) == outputs.labels for outputs in tests]).cpu()
     parts = [p for p in d.argsort().tensor_split(bins) if len(p) and right_zs[p].any()]
     ratio = [right_ft[p].double().mean() / right_zs[p].double().mean() for p in parts]
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
@@ -312,6 +316,21 @@ def fine_tune(setup, zero_shot, out):
     return fine_tuned
 
 
+def two_models(setup):
+    """(zero-shot, fine-tuned) of --finetuned, or trained now; also makes the run's folder and leaves both there."""
+    if setup.args.finetuned != "none":
+        zero_shot, fine_tuned = common.load_finetuned(setup)
+        setup.out = common.run_folder(setup.args)
+    else:
+        setup.out = common.run_folder(setup.args)
+        zero_shot = setup.classifier(folded=True)
+        common.evaluate_first(common.each({"zero-shot": zero_shot}), setup)
+        fine_tuned = fine_tune(setup, zero_shot, setup.out / "fine-tuned")
+    common.save_run(setup, zero_shot, setup.out / "zero-shot")
+    common.save_run(setup, fine_tuned, setup.out / "fine-tuned")
+    return zero_shot, fine_tuned
+
+
 def main():
     args = get_args()
     if args.predict != "none":
@@ -319,82 +338,70 @@ def main():
     if args.sweep and (args.a, args.b) != (1.5, 0.6):
         raise common.Fail(f"--a {args.a:g} --b {args.b:g}: would be replaced by the sweep; add --no-sweep")
     setup = common.start(args)
-    if (args.calibrate or args.sweep) and not args.select_on_test and not len(setup.data.val):
+    chosen_on, images = next(iter(setup.data.tests.items())) if args.select_on_test else ("held-out", setup.data.val)
+    if (args.calibrate or args.sweep) and not len(images):
         raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the model is trained, or "
                           "pass --no-calibrate --no-sweep, or --select-on-test")
-
-    # The two models
-    if args.finetuned != "none":
-        zero_shot, fine_tuned = common.load_finetuned(setup)
-        setup.out = common.run_folder(args)
-    else:
-        setup.out = common.run_folder(args)
-        zero_shot = setup.classifier(folded=True)
-        common.evaluate_first(common.each({"zero-shot": zero_shot}), setup)
-        fine_tuned = fine_tune(setup, zero_shot, setup.out / "fine-tuned")
-    common.save_run(setup, zero_shot, setup.out / "zero-shot")
-    common.save_run(setup, fine_tuned, setup.out / "fine-tuned")
-
-    # Step 1: the zero-shot failures V, and distances to them
-    is_folder = args.finetuned != "none" and Path(args.finetuned).is_dir()
-    folder = Path(args.finetuned) if is_folder else setup.out  # of the cache: other runs on this model find it
-    bank = failures_of(zero_shot, fine_tuned, setup, folder)
-    k = min(args.k, len(bank)) if args.k else neighbours(len(bank), len(setup.data.train), args.k_rule)
-    tests = {name: outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder)
-             for name, images in setup.data.tests.items()}
-
-    # Step 2: temperatures, then alpha, then a and b, on held-out training images
-    chosen_on, images = "held-out", setup.data.val
     if args.select_on_test:
-        chosen_on, images = next(iter(setup.data.tests.items()))
         common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {chosen_on}, as the "
                    "released code does; its accuracy is then not an estimate for new images")
-    t_zs, t_ft, alpha, alpha_wse, a, b = 1.0, 1.0, 0.5, 0.5, args.a, args.b
-    if len(images):
-        held_out = outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder)
-        if args.calibrate:
-            t_zs, t_ft = temperatures(held_out, chosen_on)
+    zero_shot, fine_tuned = two_models(setup)
+
+    # Step 1: the zero-shot failures V, and what the ensembles need of each image: both logits, v, d
+    folder = Path(args.finetuned) if Path(args.finetuned).is_dir() else setup.out  # other runs find its cache
+    bank = failures_of(zero_shot, fine_tuned, setup, folder)
+    k = min(args.k, len(bank)) if args.k else neighbours(len(bank), len(setup.data.train), args.k_rule)
+    of = functools.partial(outputs_of, zero_shot, fine_tuned, bank=bank, k=k, setup=setup, folder=folder)
+    tests = {name: of(images=dataset) for name, dataset in setup.data.tests.items()}
+    held_out = of(images=images) if len(images) else None
+
+    # Step 2: temperatures, then alpha, then a and b, on held-out training images
+    t_zs, t_ft = temperatures(held_out, chosen_on) if args.calibrate else (1.0, 1.0)
     mix = Ensembles(t_zs, t_ft, args.space)
-    if len(images):
-        alpha = best_alpha(mix, held_out)
-        alpha_wse = best_wse_alpha(zero_shot, fine_tuned, images, setup)
-        if args.sweep and len(bank):
-            a, b = sweep_weight(mix, held_out, args.tolerance)
+    alpha = choose_alpha(mix, held_out, args.choose) if held_out else 0.5
+    alpha_wse = choose_wse_alpha(zero_shot, fine_tuned, images, args.choose, setup) if held_out else 0.5
+    a, b = sweep_weight(mix, held_out, args.choose) if args.sweep and len(bank) else (args.a, args.b)
+    state = {"failures": len(bank), "k": k, "distance": args.distance, "space": args.space, "a": a, "b": b, "alpha": alpha,
+             "alpha_wse": alpha_wse, "t_zs": t_zs, "t_ft": t_ft, "chosen_on": chosen_on}
+    values = ", ".join(f"{key} {state[key]:.3g}" for key in ("k", "t_zs", "t_ft", "a", "b", "alpha", "alpha_wse"))
+    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on {chosen_on}: {values}")
     if not len(bank):
         common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF falls back to OSE")
 
     # Step 3: the ensembles on the test sets
     results = {"zero-shot": {}, "fine-tuned": {}, "OSE": {}, "WSE": {}, "VRF": {}}
-    ose = {str(alpha): {} for alpha in OSE_ALPHAS}
+    ose = {str(alpha): {} for alpha in ALPHAS}
     for name, outputs in tests.items():
         omega = ft_weight(outputs.d, a, b) if len(bank) else alpha
-        rows = {"zero-shot": outputs.logits_zs, "fine-tuned": outputs.logits_ft}  # as they are, not calibrated
-        rows |= {"OSE": mix(outputs, alpha), "VRF": mix(outputs, omega)}
-        for row, log_probs in rows.items():
-            results[row][name] = score(log_probs, setup.data.tests[name])
-        for weight in OSE_ALPHAS:
+        results["zero-shot"][name] = score(outputs.logits_zs, setup.data.tests[name])  # as they are, not calibrated
+        results["fine-tuned"][name] = score(outputs.logits_ft, setup.data.tests[name])
+        for weight in ALPHAS:
             ose[str(weight)][name] = score(mix(outputs, weight), setup.data.tests[name])
+        results["OSE"][name] = score(mix(outputs, alpha), setup.data.tests[name])
+        results["VRF"][name] = score(mix(outputs, omega), setup.data.tests[name])
     wse = common.evaluate(wse_rows(zero_shot, fine_tuned), setup)
     results["WSE"] = wse[str(alpha_wse)]
 
-    state = {"failures": len(bank), "k": k, "distance": args.distance, "space": args.space, "a": a, "b": b, "alpha": alpha,
-             "alpha_wse": alpha_wse, "t_zs": t_zs, "t_ft": t_ft, "chosen_on": chosen_on}
     curves = {"ose_curve": plane(ose, setup), "wse_curve": plane(wse, setup)}
     if common.RANK == 0:
-        common.write_json(setup.out / "vrf.json", state)
-        common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
-        plot_ratio(tests.values(), state, setup.out / "ratio.png")
-        points = plane({row: results[row] for row in ("zero-shot", "fine-tuned", "VRF")}, setup)
-        lines = {r"OSE, $\alpha$ from 0 to 1": curves["ose_curve"].values(),
-                 r"WSE, $\alpha$ from 0 to 1": curves["wse_curve"].values()}
-        common.plot_plane(points, lines, setup.measure, setup.out / "plane.png")  # the paper's Figure 1a
-    values = ", ".join(f"{key} {state[key]:.3g}" for key in ("k", "t_zs", "t_ft", "a", "b", "alpha", "alpha_wse"))
-    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on {chosen_on}: {values}")
+        leave(setup, bank, state, tests, results, curves)
     common.finish(setup, results, vrf=state, **curves)
 
 
+def leave(setup, bank, state, tests, results, curves):
+    """What else a run leaves: vrf.json and the bank for --predict, and the two figures."""
+    common.write_json(setup.out / "vrf.json", state)
+    common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
+    plot_ratio(tests.values(), state, setup.out / "ratio.png")
+    points = plane({row: results[row] for row in ("zero-shot", "fine-tuned", "VRF")}, setup)
+    lines = {r"OSE, $\alpha$ from 0 to 1": curves["ose_curve"].values(),
+             r"WSE, $\alpha$ from 0 to 1": curves["wse_curve"].values()}
+    common.plot_plane(points, lines, setup.measure, setup.out / "plane.png")  # the paper's Figure 1a
+
+
 def score(log_probs, images):
-    return common.metrics(common.image_scores(log_probs, images.labels), images)
+    scores = common.image_scores(log_probs, images.labels.to(log_probs.device))
+    return common.metrics(common.Scores(*[x.cpu() for x in scores]), images)
 
 
 def plane(rows, setup):

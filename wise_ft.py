@@ -59,8 +59,10 @@ def get_args():
     p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)", type=common.limited(low=0, high=1))
     p.add("--alphas", [round(0.1 * i, 1) for i in range(11)], "coefficients of the curve", nargs="+",
           type=common.limited(low=0, high=1))
-    p.add("--select", False, "save the alpha that is best on held-out training images",
+    p.add("--select", False, "save the alpha that is chosen on held-out training images",
           action=argparse.BooleanOptionalAction)
+    p.add("--choose", "one-se", "--select: within one standard error of the best held-out accuracy the alpha nearest 0.5, "
+          "or the best accuracy", choices=["one-se", "best"])
     p.add("--freeze", "none", "part that is not trained; encoder is the paper's linear classifier",
           choices=["none", "encoder", "head"])
     p.add("--logit-axes", False, "scale the figure's axes by logit, as the paper's Figure 1",
@@ -160,14 +162,14 @@ def row_name(alpha):
 
 
 def select_alpha(theta_0, theta_1, alphas, setup):
-    """(alpha with the best accuracy on the held-out images, {alpha: accuracy}); of equals, the nearest to 0.5."""
+    """(alpha chosen on the held-out images by --choose, {alpha: accuracy})."""
     rows, val = all_alphas(theta_0, theta_1, alphas), setup.data.val
 
     def right(images, labels):
         return {name: z.argmax(1) == labels for name, z in rows(images, val.project).items()}
     found = common.collect(right, val, setup)
     accuracy = {a: 100 * found[row_name(a)].double().mean().item() for a in alphas}
-    return max(alphas, key=lambda a: (accuracy[a], -abs(a - 0.5))), accuracy
+    return alphas[common.choose(list(accuracy.values()), alphas, len(val), setup.args.choose)], accuracy
 
 
 def plot_curve(results, alphas, measure, chosen, path, logit_axes=False):
