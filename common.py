@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number    lines 58-528    all that an auditor of a method has to read
-    Part 2  Files of a run              lines 529-1191   checkpoints, saved models, logs, tables, predictions
-    Part 3  Data                        lines 1192-1695   image sets, folders, the papers' data sets
-    Part 4  Flags and mistakes          lines 1696-1974  recipes, --resume, --finetuned, one line a mistake
-    Part 5  The embedded world          lines 1975-2208  `shapes` and its tiny CLIP
+    Part 1  What determines a number    lines 60-530    all that an auditor of a method has to read
+    Part 2  Files of a run              lines 531-1193   checkpoints, saved models, logs, tables, predictions
+    Part 3  Data                        lines 1194-1820   image sets, folders, the papers' data sets
+    Part 4  Flags and mistakes          lines 1821-2099  recipes, --resume, --finetuned, one line a mistake
+    Part 5  The embedded world          lines 2100-2334  `shapes` and its tiny CLIP
 
 Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk; nothing else in them
 changes a number. No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
@@ -30,10 +30,11 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import open_clip
@@ -48,6 +49,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -784,7 +786,7 @@ def open_log(path, first):
     """log.jsonl opened for writing at step `first`: lines of steps that the checkpoint does not hold are dropped."""
     if RANK > 0:
         return open(os.devnull, "w")
-    kept = [line for line in read_lines(path) if line.endswith("}") and json.loads(line)["step"] < first]
+    kept = [line for line in read_lines(path, optional=True) if line.endswith("}") and json.loads(line)["step"] < first]
     log = open(path, "w", encoding="utf-8")
     log.writelines(line + "\n" for line in kept)
     return log
@@ -907,7 +909,7 @@ def evaluate_first(rows, setup):
 
 # ---- Saved models ----
 
-def save_run(setup, model, out, head={}, text={}):
+def save_run(setup, model, out, head=None, text=None):
     """An open_clip local directory (open_clip.create_model_and_transforms("local-dir:OUT")) and head.safetensors.
 
     head: further tensors for head.safetensors; text: tensors of a tuned text tower, by their open_clip names.
@@ -916,13 +918,13 @@ def save_run(setup, model, out, head={}, text={}):
         return
     out.mkdir(parents=True, exist_ok=True)
     visual = {f"visual.{k}": v for k, v in model.visual.state_dict().items()}
-    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **text, **visual})
+    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **(text or {}), **visual})
     write_json(out / "open_clip_config.json", {"model_cfg": model_config(setup.args),
                                                "preprocess_cfg": setup.clip.visual.preprocess_cfg})
     part = {} if out == setup.out else {"part_of": str(setup.out.resolve())}
     write_json(out / "args.json", {**vars(setup.args), **part})
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    save_tensors(out / "head.safetensors", {**own, **head}, {"classnames": setup.data.classnames})
+    save_tensors(out / "head.safetensors", {**own, **(head or {})}, {"classnames": setup.data.classnames})
 
 
 def model_config(args):
@@ -1114,7 +1116,7 @@ def predict_folder(args, saved, device, probabilities):
     workers = args.workers if args.workers >= 0 else os.cpu_count()
     loader = torch.utils.data.DataLoader(files, 32, num_workers=workers, collate_fn=list)
     for items in loader:
-        for path, _, reason in items:
+        for _, _, reason in items:
             if reason:
                 print(f"left out: {reason}", file=sys.stderr)
         read = [(path, pixels) for path, pixels, reason in items if not reason]
@@ -1350,347 +1352,470 @@ def few_shot(train, shots, seed):
     return train.subset(sample_classes(train, seed, lambda n: shots))
 
 
-def folder_data(root, args):
-    """DIR/train/CLASS/*, DIR/test/CLASS/*, and if present DIR/val/CLASS/*, DIR/shifts/NAME/CLASS/*, DIR/classnames.txt
-    (folder<TAB>name a line), DIR/templates.txt (one with {} a line) and DIR/descriptions.json."""
-    if not root.is_dir():
-        raise Fail(f"--data-dir {root}: no such folder; expected train/CLASS/*.jpg, test/CLASS/*.jpg and optionally "
-                   "val/CLASS/*.jpg and shifts/NAME/CLASS/*.jpg in it")
-    folders = subfolders(root / "train")
-    names = {f: f.replace("_", " ") for f in folders}
-    for line in read_lines(root / "classnames.txt"):
-        folder, _, name = line.partition("\t")
-        if folder not in names or not name.strip():
-            raise Fail(f"{root / 'classnames.txt'}: '{line}' is not FOLDER<TAB>NAME with a folder of {root / 'train'}")
-        names[folder] = name.strip()
-    templates = read_lines(root / "templates.txt") or ["a photo of a {}."]
-    for t in templates:
-        if t.count("{}") != 1 or t.count("{") != 1 or t.count("}") != 1:  # open_clip formats it
-            raise Fail(f"{root / 'templates.txt'}: '{t}' must hold {{}} once, where the class name goes, and no other "
-                       "brace")
+# ---- Data sets ----
+# `folder` is a tree of the user's; the papers' data sets are read from the trees in which they
+# are published, below --data-dir. Readers just raise; expecting() makes one sentence of it.
+# Training images and the ID test must be readable; a shift that is not is skipped. Files are
+# only listed here: an image is first opened when it is used.
 
-    def read(path, name):
-        extra = set(subfolders(path)) - set(folders)
-        if extra:
-            raise Fail(f"{path / min(extra)}: no class of that name in {root / 'train'}")
-        index = {c: i for i, c in enumerate(folders) if (path / c).is_dir()}
-        try:
-            samples = make_dataset(str(path), index, IMG_EXTENSIONS)
-        except FileNotFoundError:
-            empty = next(c for c in index if not make_dataset(str(path), {c: 0}, IMG_EXTENSIONS, allow_empty=True))
-            raise Fail(f"{path / empty}: no image in that class folder ({', '.join(IMG_EXTENSIONS)})") from None
-        return ImageSet(name, file_paths([s[0] for s in samples]), [s[1] for s in samples])
+@contextmanager
+def expecting(path, tree):
+    """What is raised inside becomes Fail("PATH: reason; expected below --data-dir: TREE").
 
-    shifts = subfolders(root / "shifts") if (root / "shifts").is_dir() else []
-    for taken in {"train", "val", "held-out", "test"} & set(shifts):
-        raise Fail(f"{root / 'shifts' / taken}: a shift cannot have that name; rename the folder")
-    tests = {"test": read(root / "test", "test"), **{s: read(root / "shifts" / s, s) for s in shifts}}
-    val = read(root / "val", "val") if (root / "val").is_dir() else None
-    train = read(root / "train", "train")
-    described = root / "descriptions.json"
-    return Data(list(names.values()), templates, train, val, tests,
-                read_json(described, "descriptions", pairs=True) if described.is_file() else None)
-
-
-def subfolders(path):
-    found = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".") if path.is_dir() else []
-    if not found:
-        raise Fail(f"{path}: expected a folder with one subfolder for each class in it")
-    return found
-
-
-def read_lines(path):
+    `path` is named if the error itself names no file.
+    """
     try:
-        return [x for x in path.read_text(encoding="utf-8-sig").splitlines() if x.strip()] if path.is_file() else []
+        yield
+    except Exception as error:  # a broken file raises a dozen types in numpy, zipfile, csv, ...
+        raise Fail(f"{reason(error, path)}; expected below --data-dir: {tree}") from error
+
+
+def reason(error, path):
+    """One clause about what a reader raised: a file and what is wrong with it."""
+    if isinstance(error, Fail):
+        return str(error)
+    if not isinstance(error, OSError) or not error.filename:
+        return f"{path}: not as published ({error!r:.150})"
+    file = Path(error.filename)
+    for folder in file.parents:
+        twice = folder / folder.name  # archives are often unpacked into a folder of their name
+        if (twice / file.relative_to(folder)).exists():
+            return f"{twice}: the tree is nested twice; move what is in it up to {folder}"
+    missing = isinstance(error, FileNotFoundError)
+    return f"{file}: {'not found' if missing else error.strerror}"
+
+
+def wanted(args, tests):
+    """Those of `tests` (names, ID first) that --tests asks for; the ID test always."""
+    if args.tests == "all":
+        return list(tests)
+    asked = args.tests.split(",")
+    for name in asked:
+        if name not in tests:
+            known = ", ".join(tests)
+            raise Fail(f"--tests {name}: no such test set on disk; {args.data} has {known}")
+    return [name for name in tests if name in asked or name == tests[0]]
+
+
+class Shift(NamedTuple):
+    """A test set as it is published: read(name, path, **how) -> ImageSet."""
+    read: Callable
+    path: Path
+    tree: str  # what should lie below --data-dir
+    how: dict
+
+
+def read_shifts(args, id_test, shifts):
+    """{name: ImageSet} of the {name: Shift} that --tests asks for. Of all, those that cannot be
+    read are skipped, a line each; one that --tests names must be readable."""
+    names = list(shifts)
+    if args.tests != "all":
+        on_disk = [name for name in shifts if shifts[name].path.exists()]
+        names = wanted(args, [id_test, *on_disk])[1:]
+    tests = {}
+    for name in names:
+        shift = shifts[name]
+        try:
+            with expecting(shift.path, shift.tree):
+                tests[name] = shift.read(name, shift.path, **shift.how)
+        except Fail as error:
+            if args.tests != "all":
+                raise Fail(f"--tests {name}: {error}") from None
+            say(f"test set {name} is skipped: {error}")
+    return tests
+
+
+def first_present(*paths):
+    """The one of several usual places that exists; the first if none does."""
+    for path in paths:
+        if path.exists():
+            return path
+    return paths[0]
+
+
+def read_lines(path, optional=False):
+    """Lines of a text file that are not blank; none of an optional file that is not there."""
+    if optional and not path.is_file():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise Fail(f"{path}: not UTF-8 text; save it in that encoding") from None
-
-
-def wanted(name, args, known):
-    return args.tests == "all" or name in args.tests.split(",")
-
-
-# ---------------------------------------------- the papers' data sets ----------------------------------------------
-# Each is read from the tree in which it is published, below --data-dir. A shift that is not on disk is skipped with
-# one line; training images and the ID test must be there. Images are first opened when they are used.
-
-def need(path, expected):
-    """`path` if it is on disk; otherwise a Fail with the expected tree, or that the tree is one folder too deep."""
-    twice = path.parent / path.parent.name
-    if not path.exists() and (twice / path.name).exists():
-        raise Fail(f"{twice}: the tree is nested twice; move what is in it up to {path.parent}")
-    if not path.exists():
-        raise Fail(f"{path}: not found; expected below --data-dir: {expected}")
-    return path
-
-
-def on_disk(root, places):
-    """{test: ImageSet} of the {test: (place below root, reader(name, path))} that are there; a line for each other."""
-    for name, (place, _) in places.items():
-        if not (root / place).exists():
-            say(f"test set {name} is skipped: {root / place} not found")
-    return {name: read(name, root / place) for name, (place, read) in places.items() if (root / place).exists()}
-
-
-def class_tree(name, path, index, ignored=()):
-    """ImageSet of path/FOLDER/* for the folders and labels of `index`; `ignored` folders may be there too."""
-    images, labels = [], []
-    for folder in sorted(set(subfolders(path)) - set(ignored)):
-        entries = sorted((e for e in os.scandir(path / folder) if e.name[0] != "."), key=lambda e: e.name)
-        files = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS)]
-        if not files and any(e.is_dir() for e in entries):
-            raise Fail(f"{path / folder}: holds folders, not images: the tree is nested twice; move them up to {path}")
-        if folder not in index:
-            raise Fail(f"{path / folder}: not a class of {name}, whose folders are {', '.join(list(index)[:3])}, ...")
-        if not files:
-            raise Fail(f"{path / folder}: no image in that class folder ({', '.join(IMG_EXTENSIONS)})")
-        images += files
-        labels += [index[folder]] * len(files)
-    return ImageSet(name, file_paths(images), labels)
-
-
-def listed(name, rows, source, **how):
-    """ImageSet of the rows [(file, label), ...] that the file `source` lists."""
-    if not rows:
-        raise Fail(f"{source}: lists no image for {name}")
-    need(Path(rows[0][0]), f"the images that {source.name} lists, starting with this one")
-    return ImageSet(name, file_paths([row[0] for row in rows]), [row[1] for row in rows], **how)
-
-
-def imagenet_data(root, args):
-    """ImageNet (ILSVRC 2012) with its shifts V2, R, A, Sketch and ObjectNet; WNID is a WordNet id such as n01440764.
-
-    imagenet/{train,val}/WNID/*; imagenet-r/WNID/*; imagenet-a/WNID/*; sketch/WNID/* (or imagenet-sketch);
-    imagenetv2-matched-frequency-format-val/{0..999}/*, named by the class id, so that '10' is not the third class;
-    objectnet-1.0/. The head has all 1000 classes, also if the tree has fewer; on R and A the logits of the classes
-    without a folder (800 of the published trees) are dropped before any softmax.
-    """
-    from timm.data import ImageNetInfo  # the 1000 WordNet ids in the order of open_clip.IMAGENET_CLASSNAMES
-    wnids = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
-
-    def full(name, path):
-        return class_tree(name, need(path, "imagenet/train/WNID/*.JPEG and imagenet/val/WNID/*.JPEG"), wnids)
-
-    def part(name, path):
-        dataset = full(name, path)
-        ids, labels = dataset.labels.unique(return_inverse=True)
-        return ImageSet(name, dataset.images, labels, classes=ids[:, None].tolist())
-
-    train, test = full("train", root / "imagenet/train"), full("imagenet", root / "imagenet/val")
-    shifts = on_disk(root, {
-        "v2": ("imagenetv2-matched-frequency-format-val",
-               lambda name, path: class_tree(name, path, {str(i): i for i in range(1000)})),
-        "r": ("imagenet-r", part), "a": ("imagenet-a", part),
-        "sketch": ("imagenet-sketch" if (root / "imagenet-sketch").is_dir() else "sketch", full),
-        "objectnet": ("objectnet-1.0", objectnet)})
-    return Data(list(open_clip.IMAGENET_CLASSNAMES), list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None,
-                {"imagenet": test, **shifts})
-
-
-def objectnet(name, path):
-    """objectnet-1.0/images/FOLDER/*.png and mappings/: the 113 classes that ImageNet has, some under several ids.
-
-    Joined as the data set's own files say: FOLDER -> ObjectNet label -> ImageNet names -> line in
-    imagenet_to_label_2012_v2 -> class id. Two pixels are cut from each side: the images have a red border.
-    """
-    load = lambda file: read_json(path / "mappings" / file, "one of ObjectNet's mappings")
-    try:
-        lines = read_lines(path / "mappings/imagenet_to_label_2012_v2")
-        ids = {lines[line].strip(): int(i) for i, line in load("pytorch_to_imagenet_2012_id.json").items()}
-        folders = {label: folder for folder, label in load("folder_to_objectnet_label.json").items()}
-        classes = {folders[label]: [ids[n] for n in names.split("; ")]
-                   for label, names in load("objectnet_to_imagenet_1k.json").items()}
-    except (KeyError, IndexError) as error:
-        raise Fail(f"{path / 'mappings'}: the four published files do not fit together ({error!r})") from None
-    order, images = sorted(classes), need(path / "images", "objectnet-1.0/images/FOLDER/*.png")
-    dataset = class_tree(name, images, {f: i for i, f in enumerate(order)}, ignored=set(folders.values()) - set(order))
-    say(f"objectnet: {len(dataset):,} of {sum(1 for _ in images.glob('*/*.png')):,} images are of the {len(order)} "
-        "classes that ImageNet has (18,574 of 50,273 expected)")
-    return ImageSet(name, dataset.images, dataset.labels, [classes[folder] for folder in order], border=2)
-
-
-def domainnet_data(root, args):
-    """DomainNet: domainnet/DOMAIN_{train,test}.txt, lines 'DOMAIN/CLASS/FILE LABEL'; domainnet/DOMAIN/CLASS/*. Class
-    names keep their underscores, as in Lipsum-FT's prompts."""
-    root, folders = root / "domainnet", {}  # label -> CLASS, as in real_train.txt
-
-    def read(name, path, split="test"):
-        listing = need(root / f"{name}_{split}.txt", f"domainnet/{name}_{split}.txt and domainnet/{name}/CLASS/*.jpg")
-        rows = []
-        for line in read_lines(listing):
-            file, _, label = line.rpartition(" ")
-            if file.count("/") != 2 or not label.isdigit():
-                raise Fail(f"{listing}: '{line}' is not DOMAIN/CLASS/FILE LABEL")
-            folder, label = file.split("/")[1], int(label)
-            if split == "train":
-                folders.setdefault(label, folder)
-            if folders.get(label) != folder:
-                raise Fail(f"{listing}: '{line}': in real_train.txt label {label} is {folders.get(label, 'not used')}")
-            rows.append((str(root / file), label))
-        return listed(name, rows, listing)
-
-    train, test = read("real", root, "train"), read("real", root)
-    shifts = on_disk(root, {domain: (domain, read) for domain in ("painting", "clipart", "infograph", "sketch")})
-    if sorted(folders) != list(range(len(folders))):
-        raise Fail(f"{root / 'real_train.txt'}: its {len(folders)} labels are not 0 to {len(folders) - 1}")
-    return Data([folders[i] for i in sorted(folders)], list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None,
-                {"real": test, **shifts})
-
-
-import pickle
-
-
-class Pickled:
-    """A numpy object of a pickle, kept as the plain values it would be built from: numpy's own code is not run."""
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def read_pickle(path, expected, *keys):
-    """Arrays of equal length under `keys` of the dict in a pickle (CIFAR-10) or in a pickled .npy file (CIFAR-10.2).
-    A pickle is a program that may call any function; in this one it may name numpy's array alone."""
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if f"{module}.{name}".replace("_core", "core") in (
-                    "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
-                return Pickled
-            if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-                return lambda text, encoding: text.encode("latin1")
-            raise Fail(f"{path}: refused, its pickle calls {module}.{name} and only numpy arrays are admitted; "
-                       "replace it by the published file")
-
-    def value(x):
-        if isinstance(x, dict):
-            return {k: value(v) for k, v in x.items()}
-        if not isinstance(x, Pickled):
-            return x
-        _, shape, dtype, by_column, data = x.state
-        if dtype.args[0][0] == "O":
-            return [value(v) for v in data]
-        kind = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])
-        return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, kind).reshape(
-            shape, order="F" if by_column else "C").copy()
-
-    try:
-        with open(need(path, expected), "rb") as f:
-            if path.suffix == ".npy":
-                np.lib.format.read_magic(f)
-                np.lib.format.read_array_header_1_0(f)
-            found = value(Unpickler(f, encoding="latin1").load())
-        [found] = found if path.suffix == ".npy" else [found]
-        arrays = [np.asarray(found[key]) for key in keys]
-        if len(set(map(len, arrays))) != 1:
-            raise ValueError(f"{' and '.join(keys)} differ in length")
-        return arrays
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
-        raise Fail(f"{path}: not the published file ({error!r:.100})") from None
-
-
-def cifar10_data(root, args):
-    """CIFAR-10: cifar-10-batches-py/{data_batch_1..5,test_batch}; its shifts CIFAR-10.1/cifar10.1_v6_{data,labels}.npy,
-    CIFAR-10.2/cifar102_test.npy and stl10_binary/{test_X.bin,test_y.bin,class_names.txt}. STL-10's monkeys are left
-    out and the logit of frog is dropped: the nine classes that both have are the label space there."""
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-    def batches(name, *files):
-        folder = root / "cifar-10-batches-py"
-        images, labels = zip(*(read_pickle(folder / file, "cifar-10-batches-py/{data_batch_1..5,test_batch}", "data",
-                                           "labels") for file in files))
-        images = np.concatenate(images).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return ImageSet(name, np.ascontiguousarray(images), np.concatenate(labels))
-
-    def v1(name, path):
-        try:
-            return ImageSet(name, *(np.load(path / f"cifar10.1_v6_{part}.npy", allow_pickle=False)
-                                    for part in ("data", "labels")))
-        except (ValueError, OSError) as error:
-            raise Fail(f"{path}: not the two published cifar10.1_v6_*.npy, data and labels ({error})") from None
-
-    def v2(name, path):
-        file = "cifar102_test.npy"
-        return ImageSet(name, *read_pickle(path / file, f"CIFAR-10.2/{file}", "images", "labels"))
-
-    def stl10(name, path):
-        files = [need(path / f, f"stl10_binary/{f}") for f in ("test_X.bin", "test_y.bin", "class_names.txt")]
-        images, labels, own = np.fromfile(files[0], np.uint8), np.fromfile(files[1], np.uint8), read_lines(files[2])
-        if len(images) != len(labels) * 3 * 96 * 96:
-            raise Fail(f"{files[0]}: its {len(images):,} bytes are not the {len(labels):,} images of test_y.bin")
-        order = {"car": 1, **{n: i for i, n in enumerate(names)}}
-        if not 1 <= labels.min(initial=1) <= labels.max(initial=1) <= len(own):
-            raise Fail(f"{files[1]}: its labels are not 1 to {len(own)}, the lines of class_names.txt")
-        labels = np.array([order.get(n, -1) for n in own])[labels - 1]
-        classes, kept = sorted({order[n] for n in own if n in order}), labels >= 0
-        images = images.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # a channel is stored column by column
-        return ImageSet(name, images[kept], np.searchsorted(classes, labels[kept]), [[c] for c in classes])
-
-    train, test = batches("train", *(f"data_batch_{i}" for i in range(1, 6))), batches("cifar10", "test_batch")
-    shifts = on_disk(root, {"cifar10.1": ("CIFAR-10.1", v1), "cifar10.2": ("CIFAR-10.2", v2),
-                            "stl10": ("stl10_binary", stl10)})
-    return Data(names, list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None, {"cifar10": test, **shifts})
+    return [line for line in lines if line.strip()]
 
 
 def read_csv(path, *columns):
     """[(value, ...)] of the named columns of every row."""
-    with open(need(path, f"{path.parent.name}/{path.name}"), newline="", encoding="utf-8-sig", errors="replace") as f:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
         rows = csv.reader(f)
         header = next(rows, [])
         for column in columns:
             if column not in header:
-                raise Fail(f"{path}: no column '{column}'; it has {', '.join(header) or 'none'}")
+                found = ", ".join(header) or "none"
+                raise Fail(f"{path}: no column '{column}'; it has {found}")
         get = operator.itemgetter(*map(header.index, columns))
         try:
             return [get(row) for row in rows]
         except IndexError:
-            raise Fail(f"{path}: line {rows.line_num} has fewer values than the header has columns") from None
+            line = rows.line_num
+            raise Fail(f"{path}: line {line} has fewer values than the header") from None
+
+
+def subfolders(path):
+    """Sorted names of the folders in a folder, of which there must be one."""
+    found = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    if not found:
+        raise Fail(f"{path}: there is no folder in it")
+    return found
+
+
+def is_image(path):
+    """Hidden files, as of macOS (._x.jpg) or in .ipynb_checkpoints/, are no images."""
+    folder, file = path.split(os.sep)[-2:]
+    hidden = folder.startswith(".") or file.startswith(".")
+    return not hidden and file.lower().endswith(IMG_EXTENSIONS)
+
+
+def class_tree(name, path, labels, ignored=(), own_space=False, **how):
+    """ImageSet of path/FOLDER/* with labels[FOLDER]; `ignored` folders may be there too.
+
+    own_space: only the classes that have a folder count; before any softmax the logits of all
+    others are dropped.
+    """
+    files, targets = [], []
+    for folder in subfolders(path):
+        if folder in ignored:
+            continue
+        if folder not in labels:
+            if labels.keys() & set(os.listdir(path / folder)):
+                raise Fail(f"{path / folder}: holds folders, not images: the tree is nested "
+                           f"twice; move them up to {path}")
+            known = ", ".join(list(labels)[:3])
+            raise Fail(f"{path / folder}: not a class of {name}, whose folders are {known} ...")
+        # A folder at a time, since torchvision's (path, label) tuples take twice the memory.
+        found = make_dataset(str(path), {folder: labels[folder]}, is_valid_file=is_image,
+                             allow_empty=True)
+        if not found:
+            raise Fail(f"{path / folder}: no image in that class folder "
+                       f"({', '.join(IMG_EXTENSIONS)})")
+        files.append(file_paths([file for file, _ in found]))
+        targets += [labels[folder]] * len(found)
+    if own_space:
+        ids, targets = np.unique(targets, return_inverse=True)
+        how["classes"] = ids[:, None].tolist()
+    return ImageSet(name, np.concatenate(files), targets, **how)
+
+
+def listed(name, source, rows, **how):
+    """ImageSet of the rows [(file, label) or (file, label, group), ...] that `source` lists."""
+    if not rows:
+        raise Fail(f"{source}: lists no image for {name}")
+    files, labels, *rest = zip(*rows)
+    os.stat(files[0])  # one is enough to see whether the images are where they should be
+    groups = rest[0] if rest else None
+    return ImageSet(name, file_paths(files), labels, groups=groups, **how)
+
+
+def folder_data(root, args):
+    """The user's own images; in this tree a broken shift is a mistake and not skipped.
+
+    Beside the images there may be classnames.txt (folder<TAB>name a line), templates.txt (one
+    with {} a line) and descriptions.json.
+    """
+    tree = ("train/CLASS/*.jpg, test/CLASS/*.jpg and optionally val/CLASS/*.jpg and "
+            "shifts/NAME/CLASS/*.jpg")
+    if not root.is_dir():
+        raise Fail(f"--data-dir {root}: no such folder; expected in it: {tree}")
+    shifts = subfolders(root / "shifts") if (root / "shifts").is_dir() else []
+    for taken in {"train", "val", "held-out", "test"} & set(shifts):
+        raise Fail(f"{root / 'shifts' / taken}: a shift cannot have that name; rename it")
+    asked = wanted(args, ["test", *shifts])[1:]
+    with expecting(root, tree):
+        labels = {folder: label for label, folder in enumerate(subfolders(root / "train"))}
+        train = class_tree("train", root / "train", labels)
+        tests = {"test": class_tree("test", root / "test", labels)}
+        val = class_tree("val", root / "val", labels) if (root / "val").is_dir() else None
+        for shift in asked:
+            tests[shift] = class_tree(shift, root / "shifts" / shift, labels)
+
+    names = {folder: folder.replace("_", " ") for folder in labels}
+    file = root / "classnames.txt"
+    for line in read_lines(file, optional=True):
+        folder, _, name = line.partition("\t")
+        if folder not in names or not name.strip():
+            raise Fail(f"{file}: '{line}' is not FOLDER<TAB>NAME with a folder of train/")
+        names[folder] = name.strip()
+    file = root / "templates.txt"
+    templates = read_lines(file, optional=True) or ["a photo of a {}."]
+    for template in templates:  # open_clip formats it
+        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
+            raise Fail(f"{file}: '{template}' must hold {{}} once, where the class name goes, "
+                       "and no other brace")
+    file = root / "descriptions.json"
+    descriptions = read_json(file, "descriptions", pairs=True) if file.is_file() else None
+
+    if RANK == 0:
+        report_transparent([train, val, *tests.values()])
+    return Data(list(names.values()), templates, train, val, tests, descriptions)
+
+
+def report_transparent(splits):
+    """Say how many image files can hold transparent pixels, by their headers."""
+    count = 0
+    for path in np.concatenate([split.images for split in splits if split]):
+        if path.lower().endswith((b".png", b".webp", b".tif", b".tiff")):
+            broken = OSError, ValueError, Image.DecompressionBombError  # named when it is used
+            with suppress(*broken), Image.open(path) as image:
+                count += image.has_transparency_data
+    if count:
+        say(f"{count:,} images are transparent: their hidden colours are used, as open_clip's "
+            "transform does")
+
+
+def imagenet_data(root, args):
+    """ImageNet (ILSVRC 2012) with its shifts V2, R, A, Sketch and ObjectNet.
+
+    WNID is a WordNet id such as n01440764. V2's folders are named by the class id, so that '10'
+    is not the third class. The head has all 1000 classes, also if the tree has fewer; the label
+    space of R and of A is the 200 that have a folder there.
+    """
+    from timm.data import ImageNetInfo
+    # label_names() are the WNIDs in the order of open_clip's IMAGENET_CLASSNAMES
+    wnids = {wnid: label for label, wnid in enumerate(ImageNetInfo().label_names())}
+    val = root / "imagenet/val"
+    tree = "imagenet/train/WNID/*.JPEG and imagenet/val/WNID/*.JPEG"
+    with expecting(root / "imagenet", tree):
+        if any(val.glob("ILSVRC2012_val_*.JPEG")):
+            raise Fail(f"{val}: its images are not in class folders; valprep.sh of "
+                       "soumith/imagenetloader.torch, run in it, moves them into WNID folders")
+        train = class_tree("train", root / "imagenet/train", wnids)
+        test = class_tree("imagenet", val, wnids)
+
+    v2, r, a = "imagenetv2-matched-frequency-format-val", "imagenet-r", "imagenet-a"
+    sketch = first_present(root / "imagenet-sketch", root / "sketch")
+    objects = "objectnet-1.0/images/FOLDER/*.png and the four files of objectnet-1.0/mappings/"
+    by_number = {"labels": {str(label): label for label in range(1000)}}
+    by_wnid, own_space = {"labels": wnids}, {"labels": wnids, "own_space": True}
+    shifts = read_shifts(args, "imagenet", {
+        "v2": Shift(class_tree, root / v2, f"{v2}/{{0..999}}/*.jpeg", by_number),
+        "r": Shift(class_tree, root / r, f"{r}/WNID/*.jpg", own_space),
+        "a": Shift(class_tree, root / a, f"{a}/WNID/*.jpg", own_space),
+        "sketch": Shift(class_tree, sketch, f"{sketch.name}/WNID/*.JPEG", by_wnid),
+        "objectnet": Shift(objectnet, root / "objectnet-1.0", objects, {}),
+    })
+    return Data(list(open_clip.IMAGENET_CLASSNAMES), list(open_clip.OPENAI_IMAGENET_TEMPLATES),
+                train, None, {"imagenet": test, **shifts})
+
+
+def objectnet(name, path):
+    """The 113 classes of ObjectNet that ImageNet has too, some of them under several ids.
+
+    Joined as its own files say: FOLDER -> ObjectNet label -> ImageNet names -> line in
+    imagenet_to_label_2012_v2 -> class id. Two pixels are cut from each side, a red border.
+    """
+    mappings, what = path / "mappings", "one of ObjectNet's mappings"
+    lines = read_lines(mappings / "imagenet_to_label_2012_v2")
+    line_of_id = read_json(mappings / "pytorch_to_imagenet_2012_id.json", what)
+    label_of_folder = read_json(mappings / "folder_to_objectnet_label.json", what)
+    names_of_label = read_json(mappings / "objectnet_to_imagenet_1k.json", what)
+
+    id_of_name = {lines[line].strip(): int(i) for i, line in line_of_id.items()}
+    folder_of_label = {label: folder for folder, label in label_of_folder.items()}
+    ids = {}  # FOLDER -> class ids
+    for label, names in names_of_label.items():
+        ids[folder_of_label[label]] = [id_of_name[n] for n in names.split("; ")]
+    labels = {folder: label for label, folder in enumerate(sorted(ids))}
+    others = label_of_folder.keys() - ids.keys()
+    dataset = class_tree(name, path / "images", labels, ignored=others,
+                         classes=[ids[folder] for folder in labels], border=2)
+    total = len(list(path.glob("images/*/*.png")))
+    say(f"objectnet: {len(dataset):,} of {total:,} images are of the {len(ids)} classes that "
+        "ImageNet has (18,574 of 50,273 expected)")
+    return dataset
+
+
+def domainnet_data(root, args):
+    """DomainNet, as its lists say; real is the ID domain. Class names keep their underscores,
+    as in Lipsum-FT's prompts."""
+    root = root / "domainnet"
+    tree = "domainnet/{0}_{1}.txt and the images that it lists, domainnet/{0}/CLASS/*.jpg"
+    listing = root / "real_train.txt"
+    with expecting(listing, tree.format("real", "{train,test}")):
+        classes = {}  # label -> CLASS
+        for file, label in domainnet_lines(listing):
+            classes.setdefault(label, file.split("/")[1])
+        if sorted(classes) != list(range(len(classes))):
+            raise Fail(f"{listing}: its {len(classes)} labels are not 0 to {len(classes) - 1}")
+        train = domainnet_split("train", listing, classes)
+        test = domainnet_split("real", root / "real_test.txt", classes)
+
+    shifts = {}
+    for domain in ("painting", "clipart", "infograph", "sketch"):
+        shifts[domain] = Shift(domainnet_split, root / f"{domain}_test.txt",
+                               tree.format(domain, "test"), {"classes": classes})
+    return Data([classes[label] for label in range(len(classes))],
+                list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None,
+                {"real": test, **read_shifts(args, "real", shifts)})
+
+
+def domainnet_lines(listing):
+    """[('DOMAIN/CLASS/FILE', label)] of lines 'DOMAIN/CLASS/FILE LABEL'. Some copies of the
+    lists have other folders before DOMAIN; the images are beside the lists all the same."""
+    rows = []
+    for line in read_lines(listing):
+        path, _, label = line.strip().rpartition(" ")
+        parts = path.split("/")[-3:]
+        if len(parts) != 3 or not label.isdigit():
+            raise Fail(f"{listing}: '{line}' is not DOMAIN/CLASS/FILE LABEL")
+        rows.append(("/".join(parts), int(label)))
+    return rows
+
+
+def domainnet_split(name, listing, classes):
+    """The images of one list; classes: {label: CLASS}, as in real_train.txt."""
+    rows = []
+    for file, label in domainnet_lines(listing):
+        if file.split("/")[1] != classes.get(label):
+            raise Fail(f"{listing}: '{file} {label}': in real_train.txt label {label} is "
+                       f"{classes.get(label, 'not used')}")
+        rows.append((f"{listing.parent}/{file}", label))
+    return listed(name, listing, rows)
+
+
+def cifar10_data(root, args):
+    """CIFAR-10, Python version, with its shifts CIFAR-10.1 (v6), CIFAR-10.2 and STL-10."""
+    folder = root / "cifar-10-batches-py"
+    with expecting(folder, "cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}"):
+        check_cifar10(folder)
+        train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
+    v1 = first_present(root / "CIFAR-10.1/datasets", root / "CIFAR-10.1")
+    v2 = first_present(root / "cifar-10.2", root / "CIFAR-10.2")
+    v1_tree = "CIFAR-10.1/datasets/cifar10.1_v6_{data,labels}.npy"  # a clone of the repository
+    stl_tree = "stl10_binary/{test_X.bin,test_y.bin,class_names.txt}"
+    shifts = read_shifts(args, "cifar10", {
+        "cifar10.1": Shift(cifar10_1, v1, v1_tree, {}),
+        "cifar10.2": Shift(cifar10_2, v2, "cifar-10.2/cifar102_test.npz", {}),
+        "stl10": Shift(stl10, root / "stl10_binary", stl_tree, {"names": train.classes}),
+    })
+    return Data(train.classes, list(open_clip.OPENAI_IMAGENET_TEMPLATES),
+                ImageSet("train", train.data, train.targets), None,
+                {"cifar10": ImageSet("cifar10", test.data, test.targets), **shifts})
+
+
+def check_cifar10(folder):
+    """The batches are pickles, that is, programs. torchvision too checks the MD5 of each before
+    it runs one, but does not say which file is wrong."""
+    meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
+    for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+        os.stat(folder / file)  # raises if it is missing
+        if not check_integrity(folder / file, md5):
+            raise Fail(f"{folder / file}: refused, it is not the published file (MD5 {md5})")
+
+
+def cifar10_1(name, folder):
+    """CIFAR-10.1: two arrays, without any pickle."""
+    images = np.load(folder / "cifar10.1_v6_data.npy", allow_pickle=False)
+    labels = np.load(folder / "cifar10.1_v6_labels.npy", allow_pickle=False)
+    return like_cifar10(name, images, labels)
+
+
+def cifar10_2(name, folder):
+    """CIFAR-10.2: of its arrays only the two are read, neither of which is a pickle."""
+    with np.load(folder / "cifar102_test.npz", allow_pickle=False) as arrays:
+        return like_cifar10(name, arrays["images"], arrays["labels"])
+
+
+def like_cifar10(name, images, labels):
+    """ImageSet of arrays that must be images and labels like CIFAR-10's."""
+    pixels = images.dtype == np.uint8 and images.shape == (len(labels), 32, 32, 3)
+    if not pixels or not set(labels) <= set(range(10)):
+        raise ValueError("not N images of 32 x 32 x 3 bytes and N labels of 0 to 9")
+    return ImageSet(name, images, labels)
+
+
+def stl10(name, folder, names):
+    """STL-10's test images. Its monkeys are left out and the logit of frog is dropped: the nine
+    classes that both data sets have are the label space, in the order of CIFAR-10's names."""
+    pixels = np.fromfile(folder / "test_X.bin", np.uint8)
+    numbers = np.fromfile(folder / "test_y.bin", np.uint8)
+    own_names = read_lines(folder / "class_names.txt")
+    if len(pixels) != len(numbers) * 3 * 96 * 96:
+        raise Fail(f"{folder / 'test_X.bin'}: its {len(pixels):,} bytes are not the "
+                   f"{len(numbers):,} images of test_y.bin")
+    id_of_name = {own: i for i, own in enumerate(names)}
+    id_of_name["car"] = id_of_name["automobile"]
+    ids = np.array([id_of_name.get(own, -1) for own in own_names])[numbers - 1]
+    kept = ids >= 0
+    shared, labels = np.unique(ids[kept], return_inverse=True)
+    images = pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # stored column by column
+    return ImageSet(name, images[kept], labels, classes=shared[:, None].tolist())
 
 
 def iwildcam_data(root, args):
-    """iWildCam 2020 as in WILDS: iwildcam_v2.0/metadata.csv (split, filename, y), train/* with the images of all splits
-    and categories.csv (y, name; y = 99999 is no class). ID test: id_test; shift: test, other cameras. If labels.csv of
-    the WiSE-FT code lies beside them, its English names are used, as the papers do."""
+    """iWildCam 2020 as in WILDS; ID test: id_test; shift: test, other cameras. train/ holds the
+    images of all splits; y = 99999 in categories.csv is no class.
+
+    With labels.csv of the WiSE-FT code beside them the classes have English names, as in the
+    papers. Of the 182 names 178 are unique: classes of the same name share a text head.
+    """
     root = root / "iwildcam_v2.0"
-    rows = read_csv(root / "metadata.csv", "split", "filename", "y")
-    table, column = ("labels.csv", "english") if (root / "labels.csv").is_file() else ("categories.csv", "name")
-    try:
-        names = {int(y): name.lower() for y, name in read_csv(root / table, "y", column) if y != "99999"}
-        fits = sorted(names) == list(range(len(names))) and {int(y) for _, _, y in rows} <= set(names)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise Fail(f"{root / table}: must name the classes 0, 1, ... of metadata.csv")
+    metadata, table, column = root / "metadata.csv", root / "labels.csv", "english"
+    if not table.is_file():
+        table, column = root / "categories.csv", "name"
+    tree = "iwildcam_v2.0/{metadata.csv,categories.csv} and iwildcam_v2.0/train/*.jpg"
+    with expecting(metadata, tree):
+        rows = read_csv(metadata, "split", "filename", "y")
+        names, latin = dict(read_csv(table, "y", column)), dict(read_csv(table, "y", "name"))
+        names.pop("99999", None)
+        labels = {str(label): label for label in range(len(names))}
+        used = {y for _, _, y in rows}
+        if names.keys() != labels.keys() or not used <= labels.keys():
+            raise Fail(f"{table}: must name the classes 0, 1, ... of metadata.csv")
+        splits = defaultdict(list)
+        for split, file, y in rows:
+            splits[split].append((f"{root}/train/{file}", labels[y]))
+        train = listed("train", metadata, splits["train"], metric="macro_f1")
+        val = listed("val", metadata, splits["id_val"], metric="macro_f1")
+        id_test = listed("id_test", metadata, splits["id_test"], metric="macro_f1")
 
-    def split(name, key):
-        chosen = [(str(root / "train" / file), int(y)) for own, file, y in rows if own == key]
-        return listed(name, chosen, root / "metadata.csv", metric="macro_f1")
-
-    return Data([names[i] for i in sorted(names)], ["a photo of {}."], split("train", "train"), split("val", "id_val"),
-                {"id_test": split("id_test", "id_test"), "test": split("test", "test")})
+    if column == "name":
+        say(f"class names are Latin: labels.csv of the WiSE-FT code is not in {root}")
+    shift = Shift(listed, metadata, tree, {"rows": splits["test"], "metric": "macro_f1"})
+    return Data([names[y].lower() for y in labels], ["a photo of {}."], train, val,
+                {"id_test": id_test, **read_shifts(args, "id_test", {"test": shift})},
+                other_names=[latin[y] for y in labels])
 
 
 def fmow_data(root, args):
-    """FMoW as in WILDS: fmow_v1.1/rgb_metadata.csv (split, category, country_code, timestamp), whose row i, from 0, is
-    images/rgb_img_{i}.png, and country_code_mapping.csv (alpha-3, region). Official split by time: training and ID
-    before 2013, shift (test) from 2016 on. Class names keep their underscores, as in the papers' prompts."""
-    root, regions = root / "fmow_v1.1", ["Asia", "Europe", "Africa", "Americas", "Oceania"]
-    rows = read_csv(root / "rgb_metadata.csv", "split", "category", "country_code", "timestamp")
-    countries = read_csv(root / "country_code_mapping.csv", "alpha-3", "region")
-    region = {country: regions.index(name) for country, name in countries if name in regions}
-    names = sorted({category for _, category, _, _ in rows})
-    label = {name: i for i, name in enumerate(names)}
+    """FMoW as in WILDS, split by time: training and ID before 2013, shift (test) from 2016 on.
+    Row i of the metadata, from 0, is rgb_img_{i}.png. Class names keep their underscores, as in
+    the papers' prompts. The groups are five regions."""
+    root = root / "fmow_v1.1"
+    metadata = root / "rgb_metadata.csv"
+    tree = ("fmow_v1.1/{rgb_metadata.csv,country_code_mapping.csv} and "
+            "fmow_v1.1/images/rgb_img_*.png")
+    regions = {"Asia": 0, "Europe": 1, "Africa": 2, "Americas": 3, "Oceania": 4}
+    with expecting(metadata, tree):
+        rows = read_csv(metadata, "split", "category", "country_code", "timestamp")
+        countries = dict(read_csv(root / "country_code_mapping.csv", "alpha-3", "region"))
+        names = sorted({category for _, category, _, _ in rows})
+        labels = {name: label for label, name in enumerate(names)}
+        splits = defaultdict(list)
+        for i, (split, category, country, when) in enumerate(rows):
+            if "2013" <= when < "2016":
+                continue
+            period = "before 2013" if when < "2013" else "from 2016"
+            group = regions.get(countries.get(country), -1)
+            row = (f"{root}/images/rgb_img_{i}.png", labels[category], group)
+            splits[f"{split} {period}"].append(row)
+        train = listed("train", metadata, splits["train before 2013"])
+        val = listed("val", metadata, splits["val before 2013"])
+        id_test = listed("id_test", metadata, splits["test before 2013"])
 
-    def split(name, key, first, end, metric="acc"):  # from year `first` up to, not including, year `end`
-        chosen = [(str(root / f"images/rgb_img_{i}.png"), label[category], region.get(country, -1))
-                  for i, (own, category, country, when) in enumerate(rows) if own == key and first <= when < end]
-        return listed(name, chosen, root / "rgb_metadata.csv", metric=metric, groups=[c[2] for c in chosen])
-
-    train, val, test = (split(name, key, "", "2013") for name, key in
-                        (("train", "train"), ("val", "val"), ("id_test", "test")))
+    how = {"rows": splits["test from 2016"], "metric": "worst_region"}
+    shift = Shift(listed, metadata, tree, how)
     return Data(names, ["satellite photo of a {}."], train, val,
-                {"id_test": test, "test": split("test", "test", "2016", "9", "worst_region")})
+                {"id_test": id_test, **read_shifts(args, "id_test", {"test": shift})})
 
 
 # ======================================= Part 4: flags and mistakes =======================================
@@ -2133,8 +2258,9 @@ def shapes_data(root, args):
     tests = {"test": shapes_split("test", 3, 1000, **biased)}
     shifts = {"recolor": {}, "sketch": {"style": 1}, "striped": {"style": 2}, "neon": {"style": 3},
               "painting": {"style": 4}, "noisy": {"noise": 0.18}}
+    asked = wanted(args, ["test", *shifts])
     for key, (name, how) in enumerate(shifts.items(), start=10):
-        if wanted(name, args, shifts):
+        if name in asked:
             tests[name] = shapes_split(name, key, 1000, **how)
     described = [(name, f"a photo of a shape with {text}") for name, (_, _, text) in SHAPES.items()]
     return Data(list(SHAPES), ["a photo of a {}"], shapes_split("train", 1, 3000, **biased),

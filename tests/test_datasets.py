@@ -1,8 +1,10 @@
-"""The papers' data sets, each as a miniature tree in its published layout: labels, label spaces, metrics, complaints."""
+"""The data sets, each as a miniature tree in its published layout: labels, label spaces, metrics, complaints."""
 import csv
+import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import shutil
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 import common
 import lipsum_ft
@@ -48,14 +51,25 @@ def table(path, *rows):
 
 
 def load(data, root, **flags):
-    return common.load_data(Namespace(**{**dict(data=data, data_dir=root, tests="all", holdout=0.0, shots=0, limit=0,
-                                                 skip_bad_images=False),
+    return common.load_data(Namespace(**{**dict(data=data, data_dir=root, tests="all", holdout=0.0, shots=0, limit=0),
                                          **flags}))
 
 
 def labels(dataset):
     """{file or folder/file: label}"""
-    return {"/".join(p.split("/")[-2:]): y for p, y in zip(dataset.images, dataset.labels.tolist())}
+    assert dataset.images.dtype.kind == "S"
+    paths = [dataset.describe(i) for i in range(len(dataset))]
+    assert all(os.path.isfile(path) for path in paths)
+    return {"/".join(p.split("/")[-2:]): y for p, y in zip(paths, dataset.labels.tolist())}
+
+
+def skipped(capsys, data, root, name):
+    """The one line that a load prints about a test set that it goes on without."""
+    capsys.readouterr()
+    assert name not in load(data, root).tests
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"test set {name} is skipped: ")]
+    assert len(lines) == 1
+    return lines[0]
 
 
 def train_on(monkeypatch, tmp_path, *flags):
@@ -159,32 +173,97 @@ def test_imagenet_from_start_to_results(imagenet, tiny, tmp_path):
 def test_a_missing_shift_is_one_line_and_a_missing_train_set_an_error(imagenet, tmp_path, capsys):
     shutil.copytree(imagenet, tmp_path / "d")
     shutil.rmtree(tmp_path / "d/imagenet-r")
-    assert "r" not in load("imagenet", tmp_path / "d").tests
-    assert f"test set r is skipped: {tmp_path / 'd/imagenet-r'} not found" in capsys.readouterr().out.splitlines()
+    assert skipped(capsys, "imagenet", tmp_path / "d", "r") == (
+        f"test set r is skipped: {tmp_path / 'd/imagenet-r'}: not found; "
+        "expected below --data-dir: imagenet-r/WNID/*.jpg")
     bad = lambda *flags: complaint("lipsum_ft.py", "--data", "imagenet", "--data-dir", tmp_path / "d", *flags)
-    assert "--tests r: no such test set on disk; imagenet has imagenet, v2, a," in bad("--tests", "r")
+    for name in ("r", "R", "v2,x", ""):
+        wrong = name.split(",")[-1]
+        assert bad("--tests", name) == (f"error: --tests {wrong}: no such test set on disk; imagenet has imagenet, v2, "
+                                        "a, sketch, objectnet")
     shutil.rmtree(tmp_path / "d/imagenet/train")
-    assert "imagenet/train/WNID/*.JPEG and imagenet/val/WNID/*.JPEG" in bad()
+    assert bad() == (f"error: {tmp_path / 'd/imagenet/train'}: not found; expected below --data-dir: "
+                     "imagenet/train/WNID/*.JPEG and imagenet/val/WNID/*.JPEG")
 
 
-@pytest.mark.parametrize("move, into, words", [
-    ("imagenet", "imagenet/imagenet", "is nested twice; move what is in it up"),
-    ("imagenet-r", "imagenet-r/imagenet-r", "holds folders, not images: the tree is nested twice"),
-    ("objectnet-1.0/images", "objectnet-1.0/objectnet-1.0/images", "is nested twice"),
-    (f"imagenet/val/{TISSUE}", "imagenet/val/n00000001", "n00000001: not a class of imagenet, whose folders are n0"),
-    (f"imagenet-a/{TISSUE}", "imagenet-a/toilet_tissue", "toilet_tissue: not a class of a"),
-    ("imagenetv2-matched-frequency-format-val/9", "imagenetv2-matched-frequency-format-val/1000", "1000: not a class of v2"),
-    (f"sketch/{TISSUE}/sketch_1.JPEG", "sketch/note.txt", "no image in that class folder"),
-    ("objectnet-1.0/mappings/imagenet_to_label_2012_v2", "other.txt", "four published files do not fit together"),
-    ("objectnet-1.0/mappings/folder_to_objectnet_label.json", "other.json", "is not one of ObjectNet's mappings"),
+def test_only_the_shifts_that_tests_names_are_read(imagenet, tmp_path, capsys):
+    root = tmp_path / "d"
+    shutil.copytree(imagenet, root)
+    (root / "imagenet-a/no_class").mkdir()
+    (root / "objectnet-1.0/mappings/imagenet_to_label_2012_v2").unlink()
+    shutil.rmtree(root / "sketch")
+    assert list(load("imagenet", root, tests="r,v2").tests) == ["imagenet", "v2", "r"]
+    assert list(load("imagenet", root, tests="imagenet").tests) == ["imagenet"]
+    assert "skipped" not in capsys.readouterr().out  # nobody asked for the others
+    assert list(load("imagenet", root).tests) == ["imagenet", "v2", "r"]
+    assert capsys.readouterr().out.count("is skipped: ") == 3
+    with pytest.raises(common.Fail, match="^--tests a: .*no_class: not a class of a, .*; expected below --data-dir: imagenet-a/"):
+        load("imagenet", root, tests="a")
+
+
+@pytest.mark.parametrize("move, into, words, shift", [
+    ("imagenet", "imagenet/imagenet", "is nested twice; move what is in it up", None),
+    (f"imagenet/val/{TISSUE}", "imagenet/val/n00000001", "n00000001: not a class of imagenet, whose folders are n0", None),
+    (f"imagenet/train/{TISSUE}/{TISSUE}_0.JPEG", f"imagenet/val/ILSVRC2012_val_00000001.JPEG",
+     "imagenet/val: its images are not in class folders; valprep.sh of soumith/imagenetloader.torch", None),
+    ("imagenet-r", "imagenet-r/imagenet-r", "holds folders, not images: the tree is nested twice", "r"),
+    ("objectnet-1.0", "objectnet-1.0/objectnet-1.0", "objectnet-1.0/objectnet-1.0: the tree is nested twice", "objectnet"),
+    ("objectnet-1.0/images", "objectnet-1.0/objectnet-1.0/images", "is nested twice", "objectnet"),
+    (f"imagenet-a/{TISSUE}", "imagenet-a/toilet_tissue", "toilet_tissue: not a class of a", "a"),
+    ("imagenetv2-matched-frequency-format-val/9", "imagenetv2-matched-frequency-format-val/1000",
+     "1000: not a class of v2", "v2"),
+    (f"sketch/{TISSUE}/sketch_1.JPEG", "sketch/note.txt", "no image in that class folder", "sketch"),
+    (f"sketch/{TISSUE}/sketch_1.JPEG", f"sketch/{TISSUE}/._sketch_1.JPEG", "no image in that class folder", "sketch"),
+    ("objectnet-1.0/mappings/imagenet_to_label_2012_v2", "other.txt",
+     "imagenet_to_label_2012_v2: not found; expected below --data-dir: objectnet-1.0/images/FOLDER/*.png and the four",
+     "objectnet"),
+    ("objectnet-1.0/mappings/folder_to_objectnet_label.json", "other.json", "is not one of ObjectNet's mappings",
+     "objectnet"),
 ])
-def test_wrong_imagenet_trees(imagenet, tmp_path, move, into, words):
+def test_wrong_imagenet_trees(imagenet, tmp_path, capsys, move, into, words, shift):
     root = tmp_path / "d"
     shutil.copytree(imagenet, root)
     (root / move).rename(tmp_path / "moved")
     (root / into).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "moved").rename(root / into)
-    assert words in complaint("lipsum_ft.py", "--data", "imagenet", "--data-dir", root)
+    bad = lambda *flags: complaint("lipsum_ft.py", "--data", "imagenet", "--data-dir", root, *flags)
+    line = bad("--tests", shift) if shift else bad()
+    assert words in line and "; expected below --data-dir: " in line
+    if shift:
+        assert line.startswith(f"error: --tests {shift}: ")
+        assert skipped(capsys, "imagenet", root, shift).split(": ", 1)[1] == line.split(": ", 2)[2]
+
+
+@pytest.mark.parametrize("file, content", [("objectnet_to_imagenet_1k.json", {"Banana": "plantain"}),
+                                           ("objectnet_to_imagenet_1k.json", {"Bnana": "banana"}),
+                                           ("pytorch_to_imagenet_2012_id.json", {"954": 3})])
+def test_objectnet_mappings_must_fit_together(imagenet, tmp_path, capsys, file, content):
+    shutil.copytree(imagenet, tmp_path / "d")
+    (tmp_path / "d/objectnet-1.0/mappings" / file).write_text(json.dumps(content))
+    assert "objectnet-1.0: not as published (" in skipped(capsys, "imagenet", tmp_path / "d", "objectnet")
+
+
+def test_hidden_files_and_folders_are_no_images(imagenet, tmp_path):
+    root = tmp_path / "d"
+    shutil.copytree(imagenet, root)
+    want = labels(load("imagenet", root).train)
+    for name in (f"{BANANA}/._{BANANA}_0.JPEG", f"{BANANA}/.ipynb_checkpoints/x-checkpoint.JPEG", ".cache/x.JPEG"):
+        image(root / "imagenet/train" / name)
+    assert labels(load("imagenet", root).train) == want
+
+
+def test_file_paths_keep_any_name_and_become_images(tmp_path):
+    names = [str(tmp_path / name) for name in ("a.png", "ein Löwe.png", os.fsdecode(b"caf\xe9.png"))]
+    for name in names:
+        Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "x.png")
+        shutil.copy(tmp_path / "x.png", name)
+    paths = common.file_paths(names)
+    assert paths.dtype.kind == "S" and paths.dtype.itemsize == max(len(os.fsencode(name)) for name in names)
+    dataset = common.ImageSet("x", paths, [0, 1, 2]).subset([2, 1])
+    dataset.transform = np.asarray
+    assert [dataset.describe(i) for i in range(2)] == names[:0:-1]
+    assert all((dataset[i][0] == (1, 2, 3)).all() for i in range(2))
+    assert common.file_paths([]).dtype.kind == "S" and common.ImageSet("x", paths[:0], []).describe
 
 
 def test_limit_takes_the_classes_in_turn():
@@ -223,25 +302,46 @@ def test_domainnet(domainnet, tiny, tmp_path, monkeypatch):
     assert set(results["measure"].values()) == {"acc"} and results["rows"][-1]["tests"]["sketch"]["n"] == 4
 
 
-def test_wrong_domainnet_trees(domainnet, tiny):
+def test_domainnet_lists_with_leading_folders(domainnet):
+    want = load("domainnet", domainnet)
+    for split in ("real_train", "clipart_test"):
+        listing = domainnet / f"domainnet/{split}.txt"
+        lines = listing.read_text().splitlines()
+        listing.write_text("".join(f"data/domainnet/{line}\n" for line in lines))
+    got = load("domainnet", domainnet)
+    assert got.classnames == want.classnames and labels(got.train) == labels(want.train)
+    assert labels(got.tests["clipart"]) == labels(want.tests["clipart"])
+
+
+def test_wrong_domainnet_trees(domainnet, tiny, capsys):
     bad = lambda *flags: complaint("lipsum_ft.py", "--data", "domainnet", "--data-dir", domainnet, *flags)
+    clipart = lambda: skipped(capsys, "domainnet", domainnet, "clipart")
     root = domainnet / "domainnet"
     listing = root / "clipart_test.txt"
     good = listing.read_text()
     listing.write_text(good + "clipart/bee/clipart_002_1.jpg 1\n")
-    assert "in real_train.txt label 1 is aircraft_carrier" in bad()
+    assert "in real_train.txt label 1 is aircraft_carrier" in clipart()
     listing.write_text(good.replace("/", "\\"))
-    assert "is not DOMAIN/CLASS/FILE LABEL" in bad()
+    assert "is not DOMAIN/CLASS/FILE LABEL" in clipart()
+    assert bad("--tests", "clipart").startswith("error: --tests clipart: ")
     listing.unlink()
-    assert "expected below --data-dir: domainnet/clipart_test.txt and domainnet/clipart/CLASS/*.jpg" in bad()
+    assert ("clipart_test.txt: not found; expected below --data-dir: domainnet/clipart_test.txt and the images that it "
+            "lists, domainnet/clipart/CLASS/*.jpg") in clipart()
     listing.write_text(good)
     broken = root / "real/aircraft_carrier/real_001_train1.jpg"
     broken.write_bytes(broken.read_bytes()[:-200])
     line = bad("--model", tiny, "--epochs", 1, "--batch-size", 3, "--workers", 1, "--device", "cpu",
                "--out", domainnet / "run")
     assert f"{broken}: cannot be read as an image" in line and "truncated" in line.lower()
+    train = (root / "real_train.txt").read_text()
+    (root / "real_train.txt").write_text(train + "real/bee/real_002_1.jpg 3\n")
+    assert "real_train.txt: its 3 labels are not 0 to 2" in bad()
+    (root / "real_train.txt").write_text(train + "real/bee/real_002_1.jpg 1\n")
+    assert "in real_train.txt label 1 is aircraft_carrier" in bad()
+    (root / "real_train.txt").write_text(train)
     (root / "real").rename(root / "real.zip.d")
-    assert "the images that real_train.txt lists, starting with this one" in bad()
+    assert ("real/The_Eiffel_Tower/real_000_train0.jpg: not found; expected below --data-dir: domainnet/real_{train,test}"
+            ".txt and the images that it lists") in bad()
 
 
 # ----------------------------------------------------- CIFAR-10 -----------------------------------------------------
@@ -249,10 +349,21 @@ def test_wrong_domainnet_trees(domainnet, tiny):
 STL_NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 
 
+CIFAR_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def publish(monkeypatch, folder):
+    """Make the miniature batches in `folder` the ones whose MD5 torchvision knows."""
+    md5 = lambda file: hashlib.md5((folder / file).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", md5(f"data_batch_{i}")] for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5("test_batch")]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5("batches.meta")})
+
+
 @pytest.fixture
-def cifar(tmp_path):
+def cifar(tmp_path, monkeypatch):
     root, rng = tmp_path / "data", np.random.default_rng(0)
-    for folder in ("cifar-10-batches-py", "CIFAR-10.1", "CIFAR-10.2", "stl10_binary"):
+    for folder in ("cifar-10-batches-py", "CIFAR-10.1/datasets", "cifar-10.2", "stl10_binary"):
         (root / folder).mkdir(parents=True)
     for i, file in enumerate(["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]):
         pixels = rng.integers(256, size=(4, 3072), dtype=np.uint8)
@@ -260,10 +371,13 @@ def cifar(tmp_path):
         pixels[0, 1] = 99                          # red of row 0, column 1
         batch = {"data": pixels, "labels": [i, 6, 9, 0], "batch_label": f"{file}", "filenames": ["a.png"] * 4}
         (root / "cifar-10-batches-py" / file).write_bytes(pickle.dumps(batch, protocol=2))
-    np.save(root / "CIFAR-10.1/cifar10.1_v6_data.npy", rng.integers(256, size=(3, 32, 32, 3), dtype=np.uint8))
-    np.save(root / "CIFAR-10.1/cifar10.1_v6_labels.npy", np.array([3, 0, 9], np.int32))
+    (root / "cifar-10-batches-py/batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR_NAMES}, protocol=2))
+    publish(monkeypatch, root / "cifar-10-batches-py")
+    np.save(root / "CIFAR-10.1/datasets/cifar10.1_v6_data.npy", rng.integers(256, size=(3, 32, 32, 3), dtype=np.uint8))
+    np.save(root / "CIFAR-10.1/datasets/cifar10.1_v6_labels.npy", np.array([3, 0, 9], np.int32))
     v2 = {"images": rng.integers(256, size=(2, 32, 32, 3), dtype=np.uint8), "labels": np.array([7, 6])}
-    np.save(root / "CIFAR-10.2/cifar102_test.npy", v2, allow_pickle=True)
+    np.savez(root / "cifar-10.2/cifar102_test.npz", **v2, label_names=np.array(CIFAR_NAMES, object),
+             ti_indices=np.arange(2), keywords=np.array(["jennet", "frog"], object))
     stl = rng.integers(256, size=(10, 3, 96, 96), dtype=np.uint8)
     stl[0] = 0
     stl[0, 0, 5, 7] = 200  # a channel is stored by columns: red of column 5, row 7
@@ -276,7 +390,7 @@ def cifar(tmp_path):
 def test_cifar10(cifar, tiny, tmp_path, monkeypatch):
     root, v2 = cifar
     data = load("cifar10", root)
-    assert list(data.tests) == ["cifar10", "cifar10.1", "cifar10.2", "stl10"] and data.classnames[6] == "frog"
+    assert list(data.tests) == ["cifar10", "cifar10.1", "cifar10.2", "stl10"] and data.classnames == CIFAR_NAMES
     assert data.train.images.shape == (20, 32, 32, 3) and data.train.labels.tolist()[::4] == [0, 1, 2, 3, 4]
     assert data.train.images[0, 0, 0].tolist() == [10, 20, 30] and data.train.images[0, 0, 1].tolist() == [99, 20, 30]
     assert data.tests["cifar10.1"].labels.tolist() == [3, 0, 9]
@@ -290,18 +404,14 @@ def test_cifar10(cifar, tiny, tmp_path, monkeypatch):
     assert results["rows"][0]["tests"]["stl10"]["n"] == 9
 
 
-def test_python_2_and_fortran_pickles(tmp_path):
-    """The published CIFAR-10 batches were written by Python 2: arrays as text, in numpy's old module."""
-    old = (b"(dp0\nS'data'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n(I0\ntS'b'\ntRp4\n"
-           b"(I1\n(I1\nI3\ntcnumpy\ndtype\np5\n(S'u1'\nI0\nI1\ntRp6\n(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\n"
-           b"S'\\x07\\xc8\\xff'\ntbsS'labels'\n(lp7\nI5\nas.")
-    (tmp_path / "old").write_bytes(old)
-    data, y = common.read_pickle(tmp_path / "old", "", "data", "labels")
-    assert data.tolist() == [[7, 200, 255]] and data.dtype == np.uint8 and y.tolist() == [5]
-    want = np.asfortranarray(np.arange(6, dtype=">i4").reshape(2, 3))
-    for protocol in (0, 2, 3, 4):
-        (tmp_path / "new").write_bytes(pickle.dumps({"x": want}, protocol=protocol))
-        assert (common.read_pickle(tmp_path / "new", "", "x")[0] == want).all()
+def test_cifar10_shifts_in_their_other_places(cifar):
+    root, v2 = cifar
+    for file in (root / "CIFAR-10.1/datasets").iterdir():
+        file.rename(root / "CIFAR-10.1" / file.name)
+    (root / "CIFAR-10.1/datasets").rmdir()
+    (root / "cifar-10.2").rename(root / "CIFAR-10.2")
+    tests = load("cifar10", root).tests
+    assert tests["cifar10.1"].labels.tolist() == [3, 0, 9] and (tests["cifar10.2"].images == v2["images"]).all()
 
 
 class Evil:
@@ -312,42 +422,72 @@ class Evil:
         return self.call
 
 
-def test_crafted_pickles_are_refused_and_do_not_run(cifar, tmp_path):
+def test_crafted_pickles_are_refused_and_do_not_run(cifar, tmp_path, monkeypatch, capsys):
     root, v2 = cifar
     witness, bad = tmp_path / "witness", lambda: complaint("lipsum_ft.py", "--data", "cifar10", "--data-dir", root)
-    for call, name in [((open, (str(witness), "w")), "io.open"), ((eval, (f"open({str(witness)!r}, 'w')",)), "builtins.eval"),
-                       ((np.fromfile, (str(witness),)), "numpy"), ((np.ndarray.tofile, (np.zeros(2), str(witness))), "builtins.")]:
-        np.save(root / "CIFAR-10.2/cifar102_test.npy", {**v2, "labels": Evil(call)}, allow_pickle=True)
-        line = bad()
-        assert f"cifar102_test.npy: refused, its pickle calls {name}" in line and not witness.exists()
-    (root / "CIFAR-10.2/cifar102_test.npy").unlink()
-    batch = root / "cifar-10-batches-py/data_batch_3"
-    batch.write_bytes(pickle.dumps(Evil((open, (str(witness), "w"))), protocol=2))
-    assert "data_batch_3: refused" in bad() and not witness.exists()
-    batch.write_bytes(b"\x80\x04\x8c")
-    assert "data_batch_3: not the published file" in bad()
-    batch.write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 1]}))  # CIFAR-100's
-    assert "data_batch_3: not the published file (KeyError('labels'))" in bad()
-    batch.write_bytes(pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}))
-    assert "data and labels differ in length" in bad()
+    evil = Evil((open, (str(witness), "w")))
+    np.savez(root / "cifar-10.2/cifar102_test.npz", images=v2["images"], labels=np.array([evil, evil], object))
+    assert "cifar-10.2: not as published (ValueError('Object arrays" in skipped(capsys, "cifar10", root, "cifar10.2")
+    np.save(root / "CIFAR-10.1/datasets/cifar10.1_v6_labels.npy", np.array([evil], object))
+    assert "datasets: not as published (ValueError('Object arrays" in skipped(capsys, "cifar10", root, "cifar10.1")
+    assert not witness.exists()
+    for file in ("data_batch_3", "test_batch", "batches.meta"):
+        batch = root / "cifar-10-batches-py" / file
+        good = batch.read_bytes()
+        batch.write_bytes(pickle.dumps(evil, protocol=2))
+        assert f"{batch}: refused, it is not the published file (MD5 " in bad() and not witness.exists()
+        batch.write_bytes(good)
+    load("cifar10", root)  # as a control, the same pickle runs under an MD5 that fits it
+    (root / "cifar-10-batches-py/data_batch_3").write_bytes(pickle.dumps(evil, protocol=2))
+    publish(monkeypatch, root / "cifar-10-batches-py")
+    bad()
+    assert witness.exists()
 
 
-def test_wrong_cifar_trees(cifar):
-    root, _ = cifar
+def test_cifar10_pickles_without_the_published_md5_do_not_run(tmp_path):
+    """With the real MD5s of torchvision, which no miniature file has."""
+    folder, witness = tmp_path / "cifar-10-batches-py", tmp_path / "witness"
+    folder.mkdir()
+    for file, _ in [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], ""]]:
+        (folder / file).write_bytes(pickle.dumps(Evil((open, (str(witness), "w"))), protocol=2))
+    line = complaint("lipsum_ft.py", "--data", "cifar10", "--data-dir", tmp_path)
+    assert f"{folder / 'data_batch_1'}: refused, it is not the published file (MD5 c99cafc152244af753f735de768cd75f)" in line
+    assert not witness.exists()
+
+
+def test_wrong_cifar_trees(cifar, capsys):
+    root, v2 = cifar
     bad = lambda: complaint("lipsum_ft.py", "--data", "cifar10", "--data-dir", root)
-    np.save(root / "CIFAR-10.1/cifar10.1_v6_data.npy", np.array([{}], object), allow_pickle=True)
-    assert "CIFAR-10.1: not the two published cifar10.1_v6_*.npy" in bad()
-    shutil.rmtree(root / "CIFAR-10.1")
+    wrong = lambda name: skipped(capsys, "cifar10", root, name)
+    v1 = root / "CIFAR-10.1/datasets"
+    np.save(v1 / "cifar10.1_v6_labels.npy", np.array([3, 0, 10]))
+    assert "datasets: not as published (ValueError('not N images of 32 x 32 x 3 bytes and N labels of 0 to 9'" in wrong("cifar10.1")
+    np.save(v1 / "cifar10.1_v6_labels.npy", np.array([3, 0]))
+    assert "N labels of 0 to 9" in wrong("cifar10.1")
+    (v1 / "cifar10.1_v6_labels.npy").unlink()
+    assert "cifar10.1_v6_labels.npy: not found; expected below --data-dir: CIFAR-10.1/datasets/cifar10.1_v6_" in wrong("cifar10.1")
+    npz = root / "cifar-10.2/cifar102_test.npz"
+    np.savez(npz, images=v2["images"].astype(float), labels=v2["labels"])
+    assert "images of 32 x 32 x 3 bytes" in wrong("cifar10.2")
+    np.savez(npz, images=v2["images"])
+    assert "cifar-10.2: not as published (KeyError(" in wrong("cifar10.2")
+    npz.write_bytes(npz.read_bytes()[:-40])
+    assert "cifar-10.2: not as published (BadZipFile(" in wrong("cifar10.2")
+    npz.unlink()
+    assert "cifar102_test.npz: not found; expected below --data-dir: cifar-10.2/cifar102_test.npz" in wrong("cifar10.2")
     (root / "stl10_binary/test_y.bin").write_bytes(b"\1\2\3")
-    assert "276,480 bytes are not the 3 images of test_y.bin" in bad()
-    (root / "stl10_binary/test_y.bin").write_bytes(bytes(range(10)))
-    assert "test_y.bin: its labels are not 1 to 10" in bad()
+    assert "276,480 bytes are not the 3 images of test_y.bin" in wrong("stl10")
+    for numbers in (range(10), range(2, 12)):  # they count from 1
+        (root / "stl10_binary/test_y.bin").write_bytes(bytes(numbers))
+        assert "stl10_binary: not as published (IndexError(" in wrong("stl10")
+    assert list(load("cifar10", root).tests) == ["cifar10"]
     (root / "cifar-10-batches-py/cifar-10-batches-py").mkdir()
     for p in (root / "cifar-10-batches-py").glob("*_*"):
         p.rename(root / "cifar-10-batches-py/cifar-10-batches-py" / p.name)
     assert "nested twice" in bad()
     shutil.rmtree(root / "cifar-10-batches-py")
-    assert "expected below --data-dir: cifar-10-batches-py/{data_batch_1..5,test_batch}" in bad()
+    assert ("data_batch_1: not found; expected below --data-dir: cifar-10-batches-py/{data_batch_1..5,test_batch,"
+            "batches.meta}") in bad()
 
 
 # ------------------------------------------------------ WILDS ------------------------------------------------------
@@ -365,8 +505,9 @@ def iwildcam(tmp_path):
     return root.parent
 
 
-def test_iwildcam(iwildcam, tiny, tmp_path, monkeypatch):
+def test_iwildcam(iwildcam, tiny, tmp_path, monkeypatch, capsys):
     data = load("iwildcam", iwildcam)
+    assert "class names are Latin: labels.csv of the WiSE-FT code is not in" in capsys.readouterr().out
     assert data.classnames == ["empty", "tayassu pecari", "puma"] and list(data.tests) == ["id_test", "test"]
     assert labels(data.train) == {"train/im-0.jpg": 0, "train/im-1.jpg": 1, "train/im-2.jpg": 2}
     assert labels(data.val) == {"train/im-4.jpg": 1} and labels(data.tests["test"]) == {"train/im-7.jpg": 1}
@@ -379,10 +520,12 @@ def test_iwildcam(iwildcam, tiny, tmp_path, monkeypatch):
     assert row["id"] == row["tests"]["id_test"]["macro_f1"] and row["ood"] == row["tests"]["test"]["macro_f1"]
     table(iwildcam / "iwildcam_v2.0/labels.csv", ["y", "category_id", "name", "english"], [0, 0, "empty", "empty"],
           [1, 2, "tayassu pecari", "White-lipped peccary"], [2, 3, "puma", "cougar"])
+    capsys.readouterr()
     assert load("iwildcam", iwildcam).classnames == ["empty", "white-lipped peccary", "cougar"]
+    assert not capsys.readouterr().out
 
 
-def test_wrong_iwildcam_trees(iwildcam):
+def test_wrong_iwildcam_trees(iwildcam, capsys):
     root, bad = iwildcam / "iwildcam_v2.0", lambda: complaint("lipsum_ft.py", "--data", "iwildcam", "--data-dir", iwildcam)
     good = (root / "metadata.csv").read_text()
     (root / "metadata.csv").write_text(good.replace("filename", "file"))
@@ -393,11 +536,13 @@ def test_wrong_iwildcam_trees(iwildcam):
     assert "categories.csv: must name the classes 0, 1, ... of metadata.csv" in bad()
     (root / "metadata.csv").write_text(good.replace("im-7.jpg,1", "im-7.jpg,puma"))
     assert "categories.csv: must name the classes 0, 1, ... of metadata.csv" in bad()
+    (root / "metadata.csv").write_text(good.replace(",test,", ",seq,"))
+    assert "metadata.csv: lists no image for test; expected" in skipped(capsys, "iwildcam", iwildcam, "test")
     (root / "metadata.csv").write_text(good.replace("id_val", "seq"))
     assert "metadata.csv: lists no image for val" in bad()
     (root / "metadata.csv").write_text(good)
     (root / "categories.csv").unlink()
-    assert "expected below --data-dir: iwildcam_v2.0/categories.csv" in bad()
+    assert "categories.csv: not found; expected below --data-dir: iwildcam_v2.0/{metadata.csv,categories.csv}" in bad()
     root.rename(iwildcam / "x")
     root.mkdir()
     (iwildcam / "x").rename(root / "iwildcam_v2.0")
@@ -444,7 +589,12 @@ def test_wrong_fmow_trees(fmow):
     assert "country_code_mapping.csv: no column 'alpha-3'; it has name, alpha-2, code, region" in bad()
     (root / "country_code_mapping.csv").write_text(mapping)
     (root / "images").rename(root / "pictures")
-    assert "rgb_img_0.png: not found; expected below --data-dir: the images that rgb_metadata.csv lists" in bad()
+    assert ("rgb_img_0.png: not found; expected below --data-dir: fmow_v1.1/{rgb_metadata.csv,country_code_mapping.csv} "
+            "and fmow_v1.1/images/rgb_img_*.png") in bad()
+    (root / "pictures").rename(root / "images.d")
+    (root / "images").mkdir()
+    (root / "images.d").rename(root / "images/images")
+    assert "images/images: the tree is nested twice; move what is in it up to" in bad()
 
 
 # -------------------------------------------------- input pipeline --------------------------------------------------
