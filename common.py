@@ -1,17 +1,18 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number    lines 60-530    all that an auditor of a method has to read
-    Part 2  Files of a run              lines 531-1193   checkpoints, saved models, logs, tables, predictions
-    Part 3  Data                        lines 1194-1820   image sets, folders, the papers' data sets
-    Part 4  Flags and mistakes          lines 1821-2099  recipes, --resume, --finetuned, one line a mistake
-    Part 5  The embedded world          lines 2100-2334  `shapes` and its tiny CLIP
+    Part 1  What determines a number    lines 62-512    all that an auditor of a method reads
+    Part 2  Files of a run              lines 513-1262  checkpoints, logs, saved models, tables
+    Part 3  Data                        lines 1263-1895  image sets, the papers' data sets
+    Part 4  Flags and mistakes          lines 1896-2208  recipes, --resume, --finetuned
+    Part 5  The embedded world          lines 2209-2452  `shapes` and its tiny CLIP
 
-Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk; nothing else in them
-changes a number. No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
-and drm.py.
+Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk;
+nothing else in them changes a number. No part knows a method: losses, ensembles and equations
+are in wise_ft.py, lipsum_ft.py, vrf.py and drm.py.
 
-Symbols in all files: F image tower, s = exp(logit_scale), W (C, D) text head, z = s F(x) W^T logits; B batch,
-C classes, D embedding width. Features are unit-norm fp32; mixed precision applies to the towers only, never to a loss.
+Symbols in all files: F image tower, s = exp(logit_scale), W (C, D) text head, z = s F(x) W^T
+logits; B batch, C classes, D embedding width. Features are unit-norm fp32; mixed precision
+applies to the towers only, never to a loss.
 """
 import argparse
 import copy
@@ -52,29 +53,31 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-EVAL_BATCH = 250  # the same on any number of ranks, so that an evaluation's digits do not depend on it
+RANK = int(os.environ.get("RANK", 0))         # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+EVAL_BATCH = 250  # on any number of ranks, so that an evaluation's digits do not depend on it
 READ_EVERY = 20   # steps between two moments at which the host reads losses from the device
 
 
-# ===================================== Part 1: what determines a number =====================================
-# A run is: setup = start(args); setup.out = run_folder(args); train; evaluate; finish. The method files say so.
+# ============================ Part 1: what determines a number ============================
+# A run is: setup = start(args); setup.out = run_folder(args); train; evaluate; finish.
 
 @dataclass
 class Setup:
     """What every method starts from."""
     args: argparse.Namespace
-    data: "Data"                # class names, templates, training, held-out and test images
-    clip: nn.Module             # the pre-trained open_clip model, never trained in place
+    data: "Data"             # class names, templates, training, held-out and test images
+    clip: nn.Module          # the pre-trained open_clip model, never trained in place
     tokenizer: object
     device: torch.device
-    amp: torch.dtype | None     # of the towers; None is fp32
-    out: Path = None            # the run's folder, from run_folder()
+    amp: torch.dtype | None  # of the towers; None is fp32
+    out: Path = None         # the run's folder, from run_folder()
 
     @functools.cached_property
     def head(self):
         """W (C, D), the zero-shot text head of the data's templates."""
-        return zero_shot_head(self.clip, self.tokenizer, self.data.classnames, self.data.templates)
+        names, templates = self.data.classnames, self.data.templates
+        return zero_shot_head(self.clip, self.tokenizer, names, templates)
 
     @property
     def scale(self):
@@ -87,7 +90,7 @@ class Setup:
         return {name: images.metric for name, images in self.data.tests.items()}
 
     def classifier(self, folded=False, head=None, own_tower=True):
-        """The zero-shot model theta_0 as an ImageClassifier; own_tower: with a copy of the image tower, to be trained."""
+        """The zero-shot model theta_0; own_tower: with a copy of the image tower, to be trained."""
         head = self.head if head is None else head
         visual = copy.deepcopy(self.clip.visual) if own_tower else self.clip.visual
         if folded:
@@ -103,7 +106,7 @@ class Setup:
 
 
 def start(args):
-    """Device, data and CLIP, as a Setup. Finds the mistakes in flags and trees; writes nothing."""
+    """A Setup: device, data and CLIP. Finds the mistakes in flags and trees; writes nothing."""
     torch.manual_seed(args.seed)
     device, amp = compute_device(args)
     data = load_data(args)
@@ -117,53 +120,42 @@ def start(args):
     return setup
 
 
-def finish(setup, results, **more):
-    """Write results.json and print its table, the last thing of a run. results: {row: {test: metrics}}."""
-    rows = []
-    for name, tests in results.items():
-        in_distribution, shifts = id_ood(tests, setup.measure)
-        rows.append({"name": name, "id": in_distribution, "ood": shifts, "tests": tests})
-    if RANK == 0:
-        about = {key: getattr(setup.args, key) for key in ("method", "data", "model", "seed")}
-        write_json(setup.out / "results.json",
-                   {**about, "args": vars(setup.args), "measure": setup.measure, "rows": rows, **more})
-        print_table(rows, setup)
-
-
 # ---- CLIP and its heads ----
 
 def encode_texts(clip_model, tokens):
-    """G(t): unit-norm text features (m, D), fp32, of tokens (m, n), computed up to the longest text's end only.
+    """G(t): unit-norm text features (m, D), fp32, of tokens (m, n).
 
-    Equal to encoding all positions: attention is causal, so no position before the padding sees it, and the feature
-    is read at EOT, the largest id. A tower without these two properties encodes its full context; then ValueError
-    unless n is the context length. ValueError also if n exceeds it.
+    Computed up to the longest text's end only. Equal to encoding all positions: attention is
+    causal, so no position before the padding sees it, and the feature is read at EOT, the
+    largest id. A tower without these two properties encodes its full context; ValueError
+    unless n is that, and for any tower if n exceeds it.
     """
-    tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the text tower's parts itself
+    tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the tower's parts itself
     pooling = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
-    causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
+    causal = getattr(tower, "attn_mask", None) is not None
     n, context = tokens.shape[1], clip_model.context_length
     if n > context:
         raise ValueError(f"{n} tokens exceed the context length {context}")
-    if not causal or pooling != "argmax":
+    if not causal or pooling != "argmax" or getattr(tower, "cls_emb", None) is not None:
         if n < context:
             raise ValueError("the text tower is not causal with its output read at EOT")
         return F.normalize(clip_model.encode_text(tokens).float(), dim=-1)
-    end = tokens.argmax(dim=1)                                                 # (m,) position of EOT
+    end = tokens.argmax(dim=1)                                                 # (m,) of EOT
     n = int(end.max()) + 1
     x = tower.token_embedding(tokens[:, :n]) + tower.positional_embedding[:n]  # (m, n, width)
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))
     x = x[torch.arange(len(x), device=x.device), end]                          # (m, width)
-    x = tower.text_projection(x) if callable(tower.text_projection) else x @ tower.text_projection
+    projection = tower.text_projection
+    x = projection(x) if callable(projection) else x @ projection              # (m, D)
     return F.normalize(x.float(), dim=-1)
 
 
 @torch.no_grad()
 def zero_shot_head(clip_model, tokenizer, classnames, templates):
-    """W (C, D), unit rows: per class encode every template, normalise each, average, normalise again.
+    """W (C, D), unit rows: encode a class's templates, normalise each, average, normalise.
 
-    Source: wise-ft src/models/zeroshot.py; equal to open_clip.build_zero_shot_classifier (which returns (D, C) and
-    encodes all positions). templates: strings with one {}, or functions of the class name.
+    Source: wise-ft src/models/zeroshot.py; equal to open_clip.build_zero_shot_classifier, which
+    returns (D, C) and encodes all positions. templates: strings with one {}, or functions.
     """
     device, rows = clip_model.logit_scale.device, []
     for first in range(0, len(classnames), 10):
@@ -177,11 +169,11 @@ def zero_shot_head(clip_model, tokenizer, classnames, templates):
 
 
 class ImageClassifier(nn.Module):
-    """An image tower with a linear head on its unit features: x (B, 3, H, W) -> logits (B, C), features (B, D).
+    """An image tower and a linear head: x (B, 3, H, W) -> logits (B, C), unit features (B, D).
 
-    logits = scale * features @ head.T (+ bias). Two conventions are in use, and under AdamW the same learning rate
-    moves their logits about s times differently:
-      unit   (Lipsum-FT, DRM): head = W with unit rows at the start, the frozen s outside, no bias;
+    logits = scale * features @ head.T (+ bias). Two conventions are in use, and under AdamW the
+    same learning rate moves their logits about s times differently:
+      unit   (Lipsum-FT, DRM): head = W, unit rows at first, the frozen s outside, no bias;
       folded (WiSE-FT):        head = s W, scale = 1, a zero-initialised trainable bias.
     """
 
@@ -211,22 +203,21 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, H, W) normalised, or ready features (B, D)
     labels: torch.Tensor  # (B,) int64
     index: torch.Tensor   # (B,) int64, position in the data set
-    step: int             # optimiser step, for random draws that must be the same on every rank and after a resume
+    step: int             # for random draws that are the same on every rank and after a resume
 
 
 class ShuffledEpochs(torch.utils.data.Sampler):
-    """Shuffled epochs end to end, cut into full batches: lists of (epoch, index) for this rank from step `first` on.
+    """Shuffled epochs end to end, cut into full batches: lists of (epoch, index) for this rank.
 
-    Step t covers positions t G .. (t+1) G - 1 of the stream, G = --batch-size. Its images do not depend on how G is
-    split into parts for ranks and --accum, and a run can go on from any step.
+    Step t covers positions t G .. (t+1) G - 1 of the stream, G = --batch-size. Its images do not
+    depend on how G is split into parts for ranks and --accum, and a run goes on from any step.
     """
 
     def __init__(self, n, args, first, last):
         self.n, self.seed, self.first, self.last = n, args.seed, first, last
-        self.parts = args.accum * WORLD
+        self.accum, self.parts = args.accum, args.accum * WORLD
         self.size = args.batch_size // self.parts
-        self.accum = args.accum
-        self.permutation = functools.lru_cache(2)(self.shuffle)  # an epoch's order, and that of the next
+        self.permutation = functools.lru_cache(2)(self.shuffle)  # of an epoch and of the next
 
     def shuffle(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(self.n)
@@ -244,70 +235,61 @@ class ShuffledEpochs(torch.utils.data.Sampler):
 
 
 def batches_of(images, args, first, last, device):
-    """The Batches of steps first .. last - 1 for this rank, --accum of them a step, on the device."""
-    loader = image_loader(images, ShuffledEpochs(len(images), args, first, last), args, device)
-    for i, (pixels, labels, index) in enumerate(loader):
+    """This rank's Batches of steps first .. last - 1, --accum of them a step, on the device."""
+    sampler = ShuffledEpochs(len(images), args, first, last)
+    for i, (pixels, labels, index) in enumerate(image_loader(images, sampler, args, device)):
         x = images.normalized(pixels.to(device, non_blocking=True))
         yield Batch(x, labels.to(device, non_blocking=True), index, first + i // args.accum)
 
 
 def image_transform(preprocess, augment="none"):
-    """open_clip's transform of a PIL image without its last two steps (to float, normalise): uint8 (3, H, W).
+    """PIL image -> uint8 (3, H, W): open_clip's transform but for its last two steps.
 
-    none: resize and centre crop; crop: RandomResizedCrop of 90-100% of the area, as wise-ft; crop-flip: 8-100%, after
-    a random flip, as Lipsum-FT. normalized() does the last two steps on the device.
+    none: resize and centre crop; crop: RandomResizedCrop of 90-100% of the area, as wise-ft;
+    crop-flip: 8-100%, after a random flip, as Lipsum-FT. normalized() does the last two.
     """
-    if augment == "none":
-        *steps, _, _ = image_transform_v2(preprocess, is_train=False).transforms
-        return transforms.Compose([*steps, transforms.PILToTensor()])
-    smallest = {"crop": 0.9, "crop-flip": 0.08}[augment]
-    *steps, _, _ = image_transform_v2(preprocess, is_train=True, aug_cfg={"scale": (smallest, 1.0)}).transforms
+    smallest = {"none": 1.0, "crop": 0.9, "crop-flip": 0.08}[augment]
+    whole = image_transform_v2(preprocess, augment != "none", {"scale": (smallest, 1.0)})
+    *steps, _to_float, _normalise = whole.transforms
     flip = [transforms.RandomHorizontalFlip()] if augment == "crop-flip" else []
     return transforms.Compose([*flip, *steps, transforms.PILToTensor()])
 
 
 def normalized(pixels, preprocess):
-    """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std: the last two steps of open_clip's transform, bit for bit."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std, as open_clip's transform, bit for bit."""
+    mean = torch.tensor(preprocess.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(preprocess.std, device=pixels.device).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
 
 def project(logits, classes):
-    """Logits (B, C) -> (B, C') in a test set's label space, before any softmax: the largest logit of a label's ids.
+    """Logits (B, C) -> (B, C') in a test set's label space, before any softmax.
 
-    classes (C', k): the ids of each label, padded by repeating one; None leaves the logits as they are.
+    classes (C', k): the ids of each label, of which the largest logit counts; None: no change.
     """
     return logits if classes is None else logits[:, classes.to(logits.device)].amax(dim=-1)
 
 
 # ---- Training ----
 
-def training_steps(args, n):
-    """Optimiser steps of a run on n training images."""
-    return args.steps or math.ceil(args.epochs * n / args.batch_size)
-
-
 def learning_rate(step, total, peak, warmup):
-    """Linear warm-up, then cosine to 0 (wise-ft src/models/utils.py). warmup: steps, or below 1 a share of total."""
-    warm = warmup_steps(total, warmup)
+    """Linear warm-up for `warmup` steps, then cosine to 0 (wise-ft src/models/utils.py)."""
+    warm = warmup_steps(total, warmup)  # below 1 it is a share of total
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def warmup_steps(total, warmup):
-    return int(warmup * total) if warmup < 1 else int(warmup)
-
-
 def optimizer_step(runner, loss_fn, parts, optimizer, scaler, grad_clip):
-    """One step of AdamW on the Batches `parts`; returns the means {name: ()} of their losses, still on the device.
+    """One step of AdamW on the Batches `parts`; returns mean losses {name: ()} on the device.
 
-    All of mixed precision that is not in ImageClassifier: losses are scaled (fp16 only), gradients unscaled before
-    they are clipped, and a step whose gradients overflow is left out by the scaler.
+    All of mixed precision but the autocast of the towers: losses are scaled (fp16 only),
+    gradients unscaled before they are clipped, and a step that overflows is left out.
     """
     means = {}
     for i, batch in enumerate(parts):
-        waits = WORLD > 1 and i + 1 < len(parts)  # ranks exchange gradients once a step, with the last part
+        # Ranks exchange gradients once a step, with the last part.
+        waits = WORLD > 1 and i + 1 < len(parts)
         with runner.no_sync() if waits else nullcontext():
             loss, others = loss_fn(runner, batch)
             scaler.scale(loss / len(parts)).backward()
@@ -325,36 +307,37 @@ def optimizer_step(runner, loss_fn, parts, optimizer, scaler, grad_clip):
 def train(model, images, held_out, loss_fn, setup, out, predict=classify):
     """Train `model` in place and return it in eval mode; every step is logged to out/log.jsonl.
 
-    loss_fn(model, Batch) -> (loss (), {name: scalar}) is the method; it must call the `model` it is given, which is
-    the compiled or distributed form of the argument. predict(model, images) -> logits (B, C) is what the accuracy on
-    the held-out images is measured with after every epoch; --keep best returns the weights of the best epoch.
-    out/last.ckpt is written every --save-every minutes, at the end and at SIGTERM or Ctrl-C; if it is there, training
-    goes on from it, on the same CPU bit for bit.
+    loss_fn(model, Batch) -> (loss (), {name: scalar}) is the method; it calls the `model` that it
+    is given, the compiled or distributed form of the argument. predict(model, images) -> logits
+    (B, C) is measured on the held-out images after every epoch; --keep best returns the weights
+    of the best. out/last.ckpt is written every --save-every minutes, at the end and when stopped;
+    if it is there, training goes on from it, on the same CPU bit for bit.
     """
     args, device = setup.args, setup.device
     total = training_steps(args, len(images))
     runner = trainable(model, args, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=device.type == "cuda")
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=setup.amp == torch.float16)
-    checkpoint = Checkpoint(out / "last.ckpt", model, optimizer, scaler, [total, args.batch_size, len(images)])
+    stream = [total, args.batch_size, len(images)]
+    checkpoint = Checkpoint(out / "last.ckpt", model, optimizer, scaler, stream)
     first, best = checkpoint.load()
     batches = batches_of(images, args, first, total, device)
 
     model.train()
     with stop_signals() as stopped, TrainingLog(out, first, total, images, args) as log:
         for step in range(first, total):
+            lr = learning_rate(step, total, args.lr, args.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, args.lr, args.warmup)
+                group["lr"] = lr
             try:
                 parts = [next(batches) for _ in range(args.accum)]
             except BrokenImage as error:
-                if WORLD == 1:  # other ranks are not at this point: they keep their last checkpoint
-                    log.read()
-                    checkpoint.save(step, best)
-                raise Fail(f"{error}, then --resume {setup.out}") from None
+                log.read_alone()
+                raise checkpoint.interrupted(error, step, best, setup.out) from None
             losses = optimizer_step(runner, loss_fn, parts, optimizer, scaler, args.grad_clip)
-            log.add(step, losses, optimizer.param_groups[0]["lr"], parts)
+            log.add(step, losses, lr, parts)
 
             epoch = (step + 1) * args.batch_size // len(images)
             ended = epoch > step * args.batch_size // len(images) or step + 1 == total
@@ -362,42 +345,42 @@ def train(model, images, held_out, loss_fn, setup, out, predict=classify):
                 accuracy = held_out_accuracy(model, held_out, predict, setup)
                 log.held_out(epoch, accuracy)
                 if args.keep == "best" and accuracy > best.get("accuracy", -1):
-                    best = {"accuracy": accuracy, "epoch": epoch, "model": on_cpu(model.state_dict())}
+                    weights = on_cpu(model.state_dict())
+                    best = {"accuracy": accuracy, "epoch": epoch, "model": weights}
+            # Only here does the host wait for the device.
             if ended or log.due(step, stopped):
                 stop = log.read(stopped)
                 if stop or checkpoint.due(args.save_every) or step + 1 == total:
                     checkpoint.save(step + 1, best)
                 if stop and step + 1 < total:
-                    raise Fail(f"stopped after step {step + 1} of {total}; --resume {setup.out} continues from there")
+                    raise Fail(f"stopped after step {step + 1} of {total}; --resume {setup.out} "
+                               "continues from there")
     if best:
         model.load_state_dict(best["model"])
-        say(f"{out.name}: epoch {best['epoch']} is kept, {best['accuracy']:.2f}% of the held-out images are right")
+        say(f"{out.name}: epoch {best['epoch']} is kept, {best['accuracy']:.2f}% held out")
     share_buffers(model)
     return model.eval()
-
-
-def share_buffers(model):
-    """BatchNorm's statistics are of each rank's own images: all ranks take those of rank 0, which saves."""
-    for buffer in model.buffers() if WORLD > 1 else []:
-        dist.broadcast(buffer, 0)
 
 
 def held_out_accuracy(model, held_out, predict, setup):
     """Accuracy in percent on held-out training images, of the model in eval mode."""
     share_buffers(model)
     model.eval()
-    right = collect(lambda x, y: {"right": predict(model, x).argmax(1) == y}, held_out, setup)["right"]
+
+    def right(x, labels):
+        return {"right": predict(model, x).argmax(1) == labels}
+    found = collect(right, held_out, setup)["right"]
     model.train()
-    return 100 * right.double().mean().item()
+    return 100 * found.double().mean().item()
 
 
 # ---- Evaluation ----
 
 @torch.no_grad()
 def collect(function, images, setup):
-    """{name: tensor (N, ...)} of function(images, labels) -> {name: tensor (B, ...)}, in the set's order, on the CPU.
+    """{name: tensor (N, ...)} of function(x, labels) -> {name: tensor (B, ...)}, in order, on CPU.
 
-    Each image is read, decoded and moved once. Whole batches are dealt out to the ranks and put back by index.
+    Each image is read, decoded and moved once. Batches are dealt out to the ranks and put back.
     """
     batches = torch.arange(len(images)).split(EVAL_BATCH)[RANK::WORLD]
     loader = image_loader(images, [b.tolist() for b in batches], setup.args, setup.device)
@@ -413,11 +396,11 @@ def collect(function, images, setup):
 def evaluate(rows, setup):
     """{row: {test: metrics}} over all test sets, each streamed once.
 
-    rows(images, project) -> {row name: logits or log-probabilities (B, C')}; project() brings logits (B, C) into the
-    test set's label space, before any softmax. each(models) makes such a function.
+    rows(images, project) -> {row name: logits or log-probabilities (B, C')}; project() brings
+    logits (B, C) into the test set's label space. each(models) makes such a function.
     """
     results = {}
-    for name, images in setup.data.tests.items():
+    for test, images in setup.data.tests.items():
         def scores(x, labels, images=images):
             found = {}
             for row, logits in rows(x, images.project).items():
@@ -426,8 +409,8 @@ def evaluate(rows, setup):
             return found
         found = collect(scores, images, setup)
         for row in dict.fromkeys(row for row, _ in found):
-            own = Scores(*(found[row, field] for field in Scores._fields))
-            results.setdefault(row, {})[name] = metrics(own, images)
+            own = Scores(*[found[row, field] for field in Scores._fields])
+            results.setdefault(row, {})[test] = metrics(own, images)
     return results
 
 
@@ -453,18 +436,20 @@ def image_scores(logits, labels):
 
 
 def log_mixture(logits_a, logits_b, weight):
-    """log(w softmax(logits_a) + (1 - w) softmax(logits_b)), (B, C), exact however small; weight: number or (B,)."""
+    """log(w softmax(logits_a) + (1 - w) softmax(logits_b)), (B, C), exact; weight w: () or (B,)."""
     w = torch.as_tensor(weight, dtype=torch.double, device=logits_a.device).reshape(-1, 1)
-    log_a, log_b = (torch.log_softmax(z.double(), dim=1) for z in (logits_a, logits_b))
+    log_a = torch.log_softmax(logits_a.double(), dim=1)
+    log_b = torch.log_softmax(logits_b.double(), dim=1)
     return torch.logaddexp(w.log() + log_a, (1 - w).log() + log_b)
 
 
 def choose(accuracy, weight, n, rule="one-se"):
     """Index of the candidate to take by accuracy (K,), in percent, on n held-out images.
 
-    Held-out images are in-distribution: their accuracy alone prefers the fine-tuned model. one-se: of the candidates
-    within one standard error of the best, sqrt(p (1 - p) / n), the one whose mean weight (K,) of the fine-tuned model
-    is nearest 0.5, WiSE-FT's advice when nothing is known. best: the best accuracy, of equals the weight nearest 0.5.
+    Held-out images are in-distribution: their accuracy alone prefers the fine-tuned model.
+    one-se: of the candidates within one standard error of the best, sqrt(p (1 - p) / n), the
+    one whose mean weight (K,) of the fine-tuned model is nearest 0.5, WiSE-FT's advice when
+    nothing is known. best: the best accuracy, of equals the weight nearest 0.5.
     """
     p = max(accuracy) / 100
     margin = 100 * math.sqrt(p * (1 - p) / n) if rule == "one-se" else 0
@@ -475,7 +460,7 @@ def choose(accuracy, weight, n, rule="one-se"):
 # ---- Metrics ----
 
 def metrics(scores, images):
-    """Accuracy, ECE and the set's own metric in percent, mean NLL in nats, of the Scores of an ImageSet."""
+    """Accuracy, ECE and the set's own metric in percent, mean NLL in nats, of an ImageSet."""
     correct = scores.predicted == images.labels
     found = {"acc": 100 * correct.double().mean().item()}
     if images.metric == "macro_f1":
@@ -487,10 +472,10 @@ def metrics(scores, images):
 
 
 def macro_f1(predicted, labels):
-    """Mean of F1_c = 2 TP / (2 TP + FP + FN) over the classes c that occur in labels, in [0, 1]; both arguments (N,).
+    """Macro-F1 in [0, 1]: mean of F1_c = 2 TP / (2 TP + FP + FN) over the classes in labels (N,).
 
-    As WILDS computes it for iWildCam: a class without an image has no F1 of its own, but an image that is wrongly
-    given to it still counts as a miss of its own class.
+    As WILDS computes it for iWildCam: a class without an image has no F1 of its own, but an
+    image that is wrongly given to it still counts as a miss of its own class.
     """
     f1 = []
     for c in labels.unique():
@@ -500,7 +485,7 @@ def macro_f1(predicted, labels):
 
 
 def worst_group_accuracy(correct, groups):
-    """Smallest accuracy, in [0, 1], of the groups that occur in groups (N,); -1 is no group; correct (N,) bool.
+    """Worst-group accuracy in [0, 1] over the groups in groups (N,), -1 is none; correct (N,).
 
     As WILDS computes FMoW's worst region. NaN if no image has a group.
     """
@@ -509,29 +494,26 @@ def worst_group_accuracy(correct, groups):
 
 
 def expected_calibration_error(probs, labels, bins=15):
-    """ECE in [0, 1] of probabilities (N, C) and labels (N,): the confidence is the largest probability."""
+    """ECE in [0, 1] of probabilities (N, C) and labels (N,); confidence is the largest of a row."""
     confidence, predicted = probs.max(dim=1)
     return calibration_error(confidence, predicted == labels, bins)
 
 
 def calibration_error(confidence, correct, bins=15):
-    """Sum over equal-width bins of confidence of (share of images) * |accuracy - mean confidence| (Guo et al. 2017,
-    Eq. 3). Bin b of 1..bins holds confidences in ((b-1)/bins, b/bins]."""
+    """Sum over bins of confidence of (share of images) |accuracy - mean confidence|.
+
+    Guo et al. 2017, Eq. (3). Bin b of 1..bins holds confidences in ((b-1)/bins, b/bins].
+    """
     which = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, which, correct.double() - confidence.double())
-    return (gap.abs().sum() / len(confidence)).item()
+    gaps = correct.double() - confidence.double()
+    total = torch.zeros(bins, dtype=torch.double).index_add_(0, which, gaps)
+    return (total.abs().sum() / len(confidence)).item()
 
 
-def id_ood(tests, measure):
-    """(ID, mean of the shifts or None) of one row's {test: metrics}; measure: {test: its metric}, ID first."""
-    in_distribution, *shifts = [tests[name][metric] for name, metric in measure.items()]
-    return in_distribution, float(np.mean(shifts)) if shifts else None
-
-
-# ======================================== Part 2: files of a run ========================================
+# ============================== Part 2: files of a run ==============================
 
 def run_folder(args):
-    """A new folder for the run, or the one to resume. A folder that holds a run is never written over."""
+    """A new folder for the run, or the one to resume. A folder that holds a run is never reused."""
     if args.resume != "none":
         say(f"resuming {args.resume}")
         return Path(args.resume)
@@ -547,8 +529,8 @@ def run_folder(args):
             chosen = out
     chosen = broadcast(chosen)
     if chosen is None:
-        raise Fail(f"--out {args.out}: exists and is not empty; --resume {args.out} continues a run, another --out "
-                   "starts one")
+        raise Fail(f"--out {args.out}: exists and is not empty; --resume {args.out} continues a "
+                   "run, another --out starts one")
     say(f"run folder {chosen}")
     return chosen
 
@@ -557,43 +539,43 @@ def describe_run(setup):
     """Data, model and recipe of a run in two lines."""
     args, data = setup.args, setup.data
     tests = ", ".join(f"{name} ({len(images)})" for name, images in data.tests.items())
-    if args.finetuned != "none":
-        recipe = f"from {args.finetuned}"
-    else:
-        recipe = (f"{training_steps(args, len(data.train))} steps of {args.batch_size} images ({WORLD} ranks, {args.accum} "
-                  f"parts), lr {args.lr:g}, wd {args.wd:g}, warm-up {args.warmup:g}, clip {args.grad_clip:g}, augment "
-                  f"{args.augment}, keep {args.keep}")
-    return (f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out images, "
-            f"{len(data.classnames)} classes, tests {tests}\n"
-            f"{args.model}, {args.precision} on {setup.device}; {recipe}; seed {args.seed}")
+    recipe = f"from {args.finetuned}"
+    if args.finetuned == "none":
+        recipe = (f"{training_steps(args, len(data.train))} steps of {args.batch_size} images, "
+                  f"{WORLD} ranks, {args.accum} parts, lr {args.lr:g}, wd {args.wd:g}, warm-up "
+                  f"{args.warmup:g}, clip {args.grad_clip:g}, augment {args.augment}, "
+                  f"keep {args.keep}")
+    return (f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out "
+            f"images, {len(data.classnames)} classes, tests {tests}\n{args.model}, "
+            f"{args.precision} on {setup.device}; {recipe}; seed {args.seed}")
 
 
 # ---- Devices and ranks ----
 
 def compute_device(args):
-    """(device, dtype of the towers or None for fp32) of --device and --precision; --precision auto is replaced."""
+    """(device, dtype of the towers or None for fp32); --precision auto is replaced by a name."""
     kind = args.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device, precision = torch.device(kind), "fp32"
     if kind == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise Fail(f"--device {args.device}: rank {local} of this machine has no CUDA GPU, torch sees "
-                       f"{torch.cuda.device_count()}; start fewer ranks, or use --device cpu")
-        torch.cuda.set_device(local)
-        if args.precision == "auto":
-            args.precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-        if args.precision == "bf16" and not torch.cuda.is_bf16_supported(False):
+        local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= cards:
+            raise Fail(f"--device {args.device}: rank {local} of this machine has no CUDA GPU, "
+                       f"torch sees {cards}; start fewer ranks, or use --device cpu")
+        device = torch.device(kind, local)
+        torch.cuda.set_device(device)
+        precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        if (args.precision, precision) == ("bf16", "fp16"):
             raise Fail("--precision bf16: this GPU has no bf16; use fp16 or fp32")
-        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if kind == "mps" and not torch.backends.mps.is_available():
         raise Fail("--device mps: torch sees no Apple GPU; use --device cpu")
     if args.precision == "auto":
-        args.precision = "fp32"
+        args.precision = precision
     if (args.precision, kind) in (("fp16", "cpu"), ("fp16", "mps"), ("bf16", "mps")):
-        raise Fail(f"--precision {args.precision}: not on {kind}; use fp32" + " or bf16" * (kind == "cpu"))
-    amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind), amp
+        raise Fail(f"--precision {args.precision}: not on {kind}; use fp32")
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    return device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
 
 
 def broadcast(value):
@@ -614,31 +596,40 @@ def gathered(mine):
 
 
 def trainable(model, args, device):
-    """`model` in the form that loss functions call: gradients are exchanged between ranks; compiled if asked for."""
+    """`model` in the form that loss functions call: distributed, and compiled if asked for."""
     if args.grad_checkpointing:
         for module in model.modules():
-            if module is not model and hasattr(module, "set_grad_checkpointing"):
+            if hasattr(module, "set_grad_checkpointing"):
                 module.set_grad_checkpointing(True)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores want
     runner = model
     if WORLD > 1:
-        runner = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        runner = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                                     gradient_as_bucket_view=True)
     return torch.compile(runner) if args.compile else runner
 
 
+def share_buffers(model):
+    """BatchNorm's statistics are of each rank's own images: all take those of rank 0."""
+    for buffer in model.buffers() if WORLD > 1 else []:
+        dist.broadcast(buffer, 0)
+
+
 def image_loader(images, batches, args, device):
-    """A DataLoader over the batches of indices; --workers -1: this machine's cores over the ranks on it."""
+    """A DataLoader over lists of indices; --workers -1: this machine's cores over its ranks."""
     workers = args.workers
     if workers < 0:
-        workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if images.on_disk else 0
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, cores) if images.on_disk else 0
     return torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers,
-                                       pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
+                                       pin_memory=device.type == "cuda",
+                                       worker_init_fn=ignore_interrupts)
 
 
 def ignore_interrupts(_):
-    """Ctrl-C reaches all processes of a terminal, but the main one still needs the workers for its last step. (SIGTERM
-    must keep working: it is how Python ends workers at exit.)"""
+    """Ctrl-C reaches all processes of a terminal, but the main one still needs the workers for
+    its last step. (SIGTERM must keep working: it is how Python ends workers at exit.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -657,7 +648,7 @@ def stop_signals():
 # ---- Checkpoints and logs ----
 
 class Checkpoint:
-    """last.ckpt: all that training from a step on depends on; data order and random draws follow from the step.
+    """last.ckpt: all that training from a step on depends on; order and draws follow from the step.
 
     stream: [steps, images a step, training images]; a run goes on only with the same.
     """
@@ -670,27 +661,29 @@ class Checkpoint:
         return time.time() - self.saved >= 60 * minutes
 
     def save(self, step, best):
-        """On rank 0, atomically: training goes on from `step`; best: weights and accuracy for --keep best."""
+        """Training goes on from `step`; best: weights and accuracy so far, for --keep best."""
         self.saved = time.time()
         if RANK > 0:
             return
         weights = self.model.state_dict()
-        if not all(v.isfinite().all() for v in weights.values()):
-            raise Fail(f"step {step}: the weights are not finite, {self.path} is not written; lower --lr")
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise Fail(f"step {step}: the weights are not finite, {self.path} is not written; "
+                       "lower --lr")
+        state = {"step": step, "best": best, "stream": self.stream, "model": weights,
+                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         with atomic(self.path) as file:
-            torch.save({"step": step, "best": best, "stream": self.stream, "model": weights,
-                        "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}, file)
+            torch.save(state, file)
 
     def load(self):
-        """(step to go on from, best); (0, {}) if there is no checkpoint. Loading runs no code from the file."""
+        """(step to go on from, best); (0, {}) without a checkpoint. Runs no code from the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.is_file():
             return 0, {}
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True)
             if found["stream"] != self.stream:
-                raise Fail(f"{self.path}: its run has {found['stream']} steps, images a step and training images, this one "
-                           f"{self.stream}; resume with the same images")
+                raise Fail(f"{self.path}: its run has {found['stream']} steps, images a step and "
+                           f"training images, this one {self.stream}; resume with the same images")
             self.model.load_state_dict(found["model"])
             self.optimizer.load_state_dict(found["optimizer"])
             self.scaler.load_state_dict(found["scaler"])
@@ -698,7 +691,15 @@ class Checkpoint:
         except (Fail, torch.OutOfMemoryError):
             raise
         except Exception as error:  # torch.load raises a dozen types for a torn or foreign file
-            raise Fail(f"{self.path}: not a checkpoint of this model ({first_line(error)})") from None
+            raise Fail(f"{self.path}: not a checkpoint of this model "
+                       f"({first_line(error)})") from None
+
+    def interrupted(self, error, step, best, run):
+        """The Fail for a broken image; what was trained is saved first."""
+        if WORLD == 1:  # other ranks are not at this point: they keep their last checkpoint
+            self.save(step, best)
+        return Fail(f"{error}; repair it, or put another image of its class in its place, then "
+                    f"--resume {run}")
 
 
 def on_cpu(state):
@@ -712,14 +713,15 @@ class TrainingLog:
     """
 
     def __init__(self, out, first, total, images, args):
-        self.out, self.first, self.total, self.images, self.args = out, first, total, images, args
-        self.unread = []  # (line without losses, {name: ()}, indices) of each step since the last read()
+        self.out, self.first, self.total = out, first, total
+        self.images, self.args, self.rate = images, args, 0.0
+        self.unread = []  # (line without losses, {name: ()}, indices) of steps since read()
         self.window = self.shown = self.added = time.time()
-        self.rate = 0.0
 
     def __enter__(self):
         self.file = open_log(self.out / "log.jsonl", self.first)
-        self.bar = tqdm(total=self.total, initial=self.first, desc=self.out.name, disable=RANK > 0 or None)
+        self.bar = tqdm(total=self.total, initial=self.first, desc=self.out.name,
+                        disable=RANK > 0 or None)
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         return self
@@ -728,10 +730,12 @@ class TrainingLog:
         self.bar.close()
         self.file.close()
         if error is None and self.total > self.first:
-            say(f"{self.out.name}: {self.total} steps, {self.rate:.1f} images/s, peak memory {peak_memory():.2f} GiB")
+            say(f"{self.out.name}: {self.total} steps, {self.rate:.1f} images/s, peak memory "
+                f"{peak_memory():.2f} GiB")
 
     def add(self, step, losses, lr, parts):
-        self.unread.append(({"step": step, "lr": lr}, losses, torch.cat([batch.index for batch in parts])))
+        index = torch.cat([batch.index for batch in parts])
+        self.unread.append(({"step": step, "lr": lr}, losses, index))
         self.added = time.time()
         self.bar.update()
 
@@ -740,20 +744,27 @@ class TrainingLog:
         self.unread[-1][0].update(epoch=epoch, held_out_acc=accuracy)
         self.window += time.time() - self.added  # images/s are of training alone
         if RANK == 0:
-            self.bar.write(f"{self.out.name}: epoch {epoch}, {accuracy:.2f}% of the held-out images are right",
-                           file=sys.stderr)
+            self.bar.write(f"{self.out.name}: epoch {epoch}, {accuracy:.2f}% of the held-out "
+                           "images are right", file=sys.stderr)
 
     def due(self, step, stopped):
-        """Whether to read() after this step: at steps that all ranks know, and alone also when something waits."""
+        """Whether to read() now: at steps that all ranks know, and alone when something waits."""
         waits = stopped() or time.time() - self.window >= 60 * min(1, self.args.save_every)
         return (step + 1) % READ_EVERY == 0 or (WORLD == 1 and waits)
 
+    def read_alone(self):
+        """read() where other ranks do not take part."""
+        if WORLD == 1:
+            self.read()
+
     def read(self, stopped=lambda: False):
-        """Write the lines of all unread steps; Fail on a loss that is not finite. Returns whether any rank stops."""
+        """Write the lines of unread steps; Fail on a loss that is not finite. Whether to stop."""
         stop = torch.tensor(float(stopped()))
         if not self.unread:
             return bool(stop)
-        values = torch.stack([torch.stack([v.float() for v in losses.values()]) for _, losses, _ in self.unread])
+        rows = [torch.stack([value.float() for value in losses.values()])
+                for _, losses, _ in self.unread]
+        values = torch.stack(rows)
         if WORLD > 1:
             stop = stop.to(values.device)
             dist.all_reduce(values)
@@ -764,36 +775,41 @@ class TrainingLog:
             line |= {name: value / WORLD for name, value in zip(losses, row)}
             self.file.write(json.dumps({**line, "images_per_s": round(self.rate, 1)}) + "\n")
             if not math.isfinite(line["loss"]):
-                self.name_images(line, index)
+                self.stop_at(line, index)
         self.file.flush()
         self.unread, self.window = [], now
         if self.bar.disable and now - self.shown >= 60:
             left = (self.total - line["step"] - 1) * self.args.batch_size / self.rate
-            say(f"{self.out.name}: step {line['step'] + 1} of {self.total}, loss {line['loss']:.4f}, "
-                f"{self.rate:.1f} images/s, {left / 60:.0f} minutes left", file=sys.stderr)
+            say(f"{self.out.name}: step {line['step'] + 1} of {self.total}, loss "
+                f"{line['loss']:.4f}, {self.rate:.1f} images/s, {left / 60:.0f} minutes left",
+                file=sys.stderr)
             self.shown = now
         return bool(stop)
 
-    def name_images(self, line, index):
-        """Stop at a loss that is not finite, with a file that names the step's images on this rank."""
-        files = self.out / f"nonfinite-step{line['step']}-rank{RANK}.txt"
-        files.write_text("".join(f"{self.images.describe(i)}\n" for i in index.tolist()))
-        raise Fail(f"step {line['step']}: the loss is {line['loss']}; the step's images are listed in {files}; lower --lr "
-                   "or repair them; last.ckpt, if written, is of an earlier step")
+    def stop_at(self, line, index):
+        """Fail, with a file that names the images of the step on this rank."""
+        file = self.out / f"nonfinite-step{line['step']}-rank{RANK}.txt"
+        file.write_text("".join(f"{self.images.describe(i)}\n" for i in index.tolist()))
+        raise Fail(f"step {line['step']}: the loss is {line['loss']}; the step's images are listed "
+                   f"in {file}; lower --lr or repair them; last.ckpt, if written, is of an earlier "
+                   "step")
 
 
 def open_log(path, first):
-    """log.jsonl opened for writing at step `first`: lines of steps that the checkpoint does not hold are dropped."""
+    """log.jsonl opened at step `first`; lines of steps that the checkpoint lacks are dropped."""
     if RANK > 0:
         return open(os.devnull, "w")
-    kept = [line for line in read_lines(path, optional=True) if line.endswith("}") and json.loads(line)["step"] < first]
+    kept = []
+    for line in read_lines(path, optional=True):
+        if line.endswith("}") and json.loads(line)["step"] < first:
+            kept.append(line + "\n")
     log = open(path, "w", encoding="utf-8")
-    log.writelines(line + "\n" for line in kept)
+    log.writelines(kept)
     return log
 
 
 def peak_memory():
-    """GiB: of the GPU since training began, else of the process; NaN where the system does not tell."""
+    """GiB of the GPU since training began, else of the process; NaN where the system is silent."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     try:
@@ -808,7 +824,7 @@ def peak_memory():
 
 @contextmanager
 def atomic(path):
-    """A file beside `path` to write to, moved over it when it is whole: an interrupted write leaves the old one."""
+    """A file to write to that replaces `path` once it is whole: a stopped write leaves the old."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -818,7 +834,8 @@ def atomic(path):
         raise
     except (SafetensorError, OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise Fail(f"{path}: could not be written ({first_line(error)}); the last good one is kept") from None
+        raise Fail(f"{path}: could not be written ({first_line(error)}); the last good one is "
+                   "kept") from None
     os.replace(temporary, path)
 
 
@@ -828,11 +845,13 @@ def write_json(path, value):
 
 
 def read_json(path, what, pairs=False):
-    """JSON of a file; pairs: objects as lists of (key, value), which keeps keys that occur twice."""
+    """JSON of a file; pairs: objects as lists of (key, value), which keeps keys that repeat."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list if pairs else None)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=list if pairs else None)
     except OSError as error:
-        raise Fail(f"{path}: not found or not readable, so this is not {what} ({error.strerror})") from None
+        raise Fail(f"{path}: not found or not readable, so this is not {what} "
+                   f"({error.strerror})") from None
     except ValueError as error:
         raise Fail(f"{path}: not valid JSON ({error})") from None
 
@@ -845,10 +864,11 @@ def save_tensors(path, tensors, about=None):
 
 
 def load_tensors(path):
-    """(tensors, about) of save_tensors(). safetensors hold numbers only: loading one cannot run code."""
+    """(tensors, about) of save_tensors(). safetensors hold numbers only: no code can run."""
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("about", "null"))
+            about = (f.metadata() or {}).get("about", "null")
+            return {name: f.get_tensor(name) for name in f.keys()}, json.loads(about)
     except (SafetensorError, OSError, ValueError) as error:
         raise Fail(f"{path}: not a readable safetensors file ({error})") from None
 
@@ -856,12 +876,13 @@ def load_tensors(path):
 def collect_once(function, models, images, setup, folder):
     """collect(), kept in folder/cache under a hash of the models' weights and the data listing.
 
-    Other weights, files or preprocessing give another name, so that a stale result cannot be read. `function` must
-    be the only one used with these models and this data set.
+    Other weights, files or preprocessing give another name, so that a stale result cannot be
+    read. `function` must be the only one used with these models and this data set.
     """
     path = None
     if RANK == 0:
-        about = (images.transform, images.preprocess, images.border, images.classes, setup.amp, setup.device.type)
+        about = (images.transform, images.preprocess, images.border, images.classes, setup.amp,
+                 setup.device.type)
         digest = hashlib.sha256(repr(about).encode())
         for model in models:
             for name, tensor in model.state_dict().items():
@@ -870,8 +891,9 @@ def collect_once(function, models, images, setup, folder):
         if images.on_disk:
             stats = [os.stat(file) for file in images.images]
             digest.update(np.array([(s.st_size, s.st_mtime_ns) for s in stats]).tobytes())
-        writable = setup.out if folder.exists() and not os.access(folder, os.W_OK) else folder  # another's run
-        path = writable / "cache" / f"{images.name}-{digest.hexdigest()[:16]}.safetensors"
+        if folder.exists() and not os.access(folder, os.W_OK):  # another's run
+            folder = setup.out
+        path = folder / "cache" / f"{images.name}-{digest.hexdigest()[:16]}.safetensors"
     path, known = broadcast((path, path is not None and path.is_file()))
     if known:
         return load_tensors(path)[0]
@@ -889,111 +911,125 @@ def features_once(model, images, setup, folder):
     return collect_once(features, [model], images, setup, folder)["features"]
 
 
-def train_features(model, setup, folder):
-    """features_once() of the training images: only fit() augments them."""
-    return features_once(model, setup.data.train, setup, folder)
-
-
 def evaluate_first(rows, setup):
-    """evaluate() before the first step, printed: a wrong tree or prompt shows within minutes. A resumed run reads it."""
+    """evaluate() before the first step: a wrong tree or prompt shows soon. Kept for --resume."""
     path = setup.out / "zero-shot.json"
     if broadcast(path.is_file()):
-        return read_json(path, "the zero-shot row of a run")
+        return
     results = evaluate(rows, setup)
     for row, tests in results.items():
-        say(f"{row}: " + ", ".join(f"{test} {tests[test][metric]:.2f}" for test, metric in setup.measure.items()))
+        cells = [f"{test} {tests[test][metric]:.2f}" for test, metric in setup.measure.items()]
+        say(f"{row}: {', '.join(cells)}")
     if RANK == 0:
         write_json(path, results)
-    return results
 
 
 # ---- Saved models ----
 
-def save_run(setup, model, out, head=None, text=None):
-    """An open_clip local directory (open_clip.create_model_and_transforms("local-dir:OUT")) and head.safetensors.
+def load_clip(args, device):
+    """(open_clip model in eval mode, tokenizer) of --model and --pretrained.
 
-    head: further tensors for head.safetensors; text: tensors of a tuned text tower, by their open_clip names.
+    Weights trained with QuickGELU in a model without it lose accuracy silently; open_clip
+    warns, here it is an error. The parameters keep requires_grad=True although nothing trains
+    them in place: without it matmul takes a path that copies the weights for each sample (a
+    ViT-B/16 bf16 forward on CPU became 6x slower).
     """
-    if RANK > 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    visual = {f"visual.{k}": v for k, v in model.visual.state_dict().items()}
-    save_tensors(out / "open_clip_model.safetensors", {**setup.clip.state_dict(), **(text or {}), **visual})
-    write_json(out / "open_clip_config.json", {"model_cfg": model_config(setup.args),
-                                               "preprocess_cfg": setup.clip.visual.preprocess_cfg})
-    part = {} if out == setup.out else {"part_of": str(setup.out.resolve())}
-    write_json(out / "args.json", {**vars(setup.args), **part})
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    save_tensors(out / "head.safetensors", {**own, **(head or {})}, {"classnames": setup.data.classnames})
+    name, tag = clip_name(args), args.pretrained
+    if name.startswith("local-dir:") and not Path(name[10:], "open_clip_config.json").is_file():
+        raise Fail(f"--model {name}: no open_clip_config.json in that folder")
+    if ":" not in name:
+        check_named(name, tag, args)
+    try:
+        clip_model = open_clip.create_model(name, pretrained=None if ":" in name else tag,
+                                            device=device, require_pretrained=True)
+        return clip_model.eval(), open_clip.get_tokenizer(name)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a dozen types, for a missing file, network or key
+        raise Fail(f"--model {args.model} --pretrained {tag}: the weights could not be loaded "
+                   f"({first_line(error)}); without internet copy them here and use local-dir:PATH "
+                   "or a weights file") from None
+
+
+def check_named(name, tag, args):
+    """Fail unless open_clip has the model, and the tag fits it or is a file."""
+    if name not in open_clip.list_models():
+        hint = nearest(name, open_clip.list_models())
+        raise Fail(f"--model {name}: not an open_clip model; {hint}or hf-hub:ORG/NAME or "
+                   "local-dir:PATH")
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in known:
+        if not Path(tag).is_file():
+            raise Fail(f"--pretrained {tag}: not a weights file and not a tag of {name}, which has "
+                       f"{', '.join(known) or 'none'}")
+        return say_activation(tag, args)
+    model_quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    if bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu")) != model_quick:
+        other = name.removesuffix("-quickgelu") if model_quick else f"{name}-quickgelu"
+        raise Fail(f"--model {name} --pretrained {tag}: weights and model differ in QuickGELU; use "
+                   f"--model {other}")
+
+
+def say_activation(file, args):
+    """A weights file does not tell which activation it was trained with."""
+    kind = "QuickGELU" if model_config(args).get("quick_gelu") else "GELU"
+    say(f"{file}: assumed to be trained with {kind}, as --model {args.model} has; OpenAI's weights "
+        "and those tuned from them have QuickGELU")
+
+
+def clip_name(args):
+    """What open_clip calls --model: the embedded tiny CLIP is a local directory."""
+    if args.model == "shapes-clip":
+        return f"local-dir:{shapes_clip(args.pretrain_seed)}"
+    return args.model
 
 
 def model_config(args):
     """open_clip's configuration of --model."""
     name = clip_name(args)
     if name.startswith("local-dir:"):
-        return read_json(Path(name[10:], "open_clip_config.json"), "an open_clip folder")["model_cfg"]
+        path = Path(name[10:], "open_clip_config.json")
+        return read_json(path, "an open_clip folder")["model_cfg"]
     if name.startswith("hf-hub:"):
-        from open_clip.factory import _get_hf_config  # the public functions build the model and drop its config
+        from open_clip.factory import _get_hf_config  # the public functions drop the config
         return _get_hf_config(name[7:])["model_cfg"]
     return open_clip.get_model_config(name)
 
 
-def clip_name(args):
-    """What open_clip calls --model: the embedded tiny CLIP is a local directory."""
-    return f"local-dir:{shapes_clip(args.pretrain_seed)}" if args.model == "shapes-clip" else args.model
-
-
-def load_clip(args, device):
-    """(open_clip model in eval mode, tokenizer), from a name and tag, hf-hub:, local-dir: or the embedded tiny CLIP.
-
-    Weights trained with QuickGELU in a model without it lose accuracy silently; open_clip warns, here it is an error.
-    The parameters keep requires_grad=True although nothing trains them in place: without it matmul takes a path
-    that copies the weights for each sample (a ViT-B/16 bf16 forward on CPU became 6x slower).
-    """
-    name, tag = clip_name(args), args.pretrained
-    if name.startswith("local-dir:") and not Path(name[10:], "open_clip_config.json").is_file():
-        raise Fail(f"--model {name}: no open_clip_config.json in that folder")
-    if ":" not in name:
-        if name not in open_clip.list_models():
-            raise Fail(f"--model {name}: not an open_clip model; {nearest(name, open_clip.list_models())}or hf-hub:ORG/NAME "
-                       "or local-dir:PATH")
-        known = open_clip.list_pretrained_tags_by_model(name)
-        if tag not in known and not Path(tag).is_file():
-            raise Fail(f"--pretrained {tag}: not a weights file and not a tag of {name}, which has "
-                       f"{', '.join(known) or 'none'}")
-        model_quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
-        if tag in known and bool((open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu")) != model_quick:
-            other = name.removesuffix("-quickgelu") if model_quick else f"{name}-quickgelu"
-            raise Fail(f"--model {name} --pretrained {tag}: weights and model differ in QuickGELU; use --model {other}")
-        if tag not in known:
-            say_activation(tag, args)
-    try:
-        clip_model = open_clip.create_model(name, pretrained=None if ":" in name else tag, device=device,
-                                            require_pretrained=True)
-        return clip_model.eval(), open_clip.get_tokenizer(name)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # open_clip and the hub raise a dozen types for a missing file, network or key
-        raise Fail(f"--model {args.model} --pretrained {tag}: the weights could not be loaded ({first_line(error)}); "
-                   "without internet copy them here and use local-dir:PATH or a weights file") from None
-
-
-def say_activation(file, args):
-    """A weights file does not tell which activation it was trained with."""
-    kind = "QuickGELU" if model_config(args).get("quick_gelu") else "GELU"
-    say(f"{file}: assumed to be trained with {kind}, as --model {args.model} has; OpenAI's weights and those tuned from "
-        "them have QuickGELU")
-
-
 def shrink_vocabulary(clip_model, tokens):
-    """Leave in the token embedding the rows that `tokens` use: an optimiser would spend its time on 49,408 of them.
+    """Leave in the token embedding the rows that `tokens` use, of 49,408: the others cost time.
 
     Returns (used ids (U,), tokens by row); ids keep their order, so that EOT stays the largest.
     """
     tower = getattr(clip_model, "text", clip_model)
     used, rows = tokens.unique(return_inverse=True)
-    tower.token_embedding = nn.Embedding.from_pretrained(tower.token_embedding.weight.detach()[used], freeze=False)
+    weight = tower.token_embedding.weight.detach()[used]
+    tower.token_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
     return used, rows
+
+
+def save_run(setup, model, out, head=None, text=None):
+    """An open_clip local directory, open_clip.create_model("local-dir:OUT"), and head.safetensors.
+
+    head: further tensors for head.safetensors; text: tensors of a tuned text tower.
+    """
+    if RANK > 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    visual = {f"visual.{name}": value for name, value in model.visual.state_dict().items()}
+    save_tensors(out / "open_clip_model.safetensors",
+                 {**setup.clip.state_dict(), **(text or {}), **visual})
+    write_json(out / "open_clip_config.json",
+               {"model_cfg": model_config(setup.args),
+                "preprocess_cfg": setup.clip.visual.preprocess_cfg})
+    part = {} if out == setup.out else {"part_of": str(setup.out.resolve())}
+    write_json(out / "args.json", {**vars(setup.args), **part})
+    own = {name: value for name, value in model.state_dict().items() if name in HEAD}
+    save_tensors(out / "head.safetensors", {**own, **(head or {})},
+                 {"classnames": setup.data.classnames})
+
+
+HEAD = ("head", "bias", "scale")  # of an ImageClassifier
 
 
 class SavedModel(NamedTuple):
@@ -1005,94 +1041,99 @@ class SavedModel(NamedTuple):
 
 
 def load_saved(folder, device, amp):
-    """The SavedModel of a run's folder (or of the subfolders of one)."""
+    """The SavedModel of a run's folder (or of a subfolder of one)."""
     if not (folder / "head.safetensors").is_file():
-        raise Fail(f"--finetuned {folder}: no model there (head.safetensors), so this is not a finished run")
+        raise Fail(f"--finetuned {folder}: no model there (head.safetensors): not a finished run, "
+                   "or one whose models are in the subfolders zero-shot and fine-tuned")
     tensors, about = load_tensors(folder / "head.safetensors")
     try:
-        clip_model = open_clip.create_model(f"local-dir:{folder}", device=device).eval()
+        clip_model = open_clip.create_model(f"local-dir:{folder}", device=device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
-        raise Fail(f"{folder}: not a finished run, its model cannot be loaded ({first_line(error)})") from None
-    model = ImageClassifier(clip_model.visual, tensors["head"].to(device), tensors["scale"], "bias" in tensors, amp)
-    if "bias" in tensors:
-        model.bias.data = tensors["bias"].to(device)
-    return SavedModel(model.to(device).eval(), about["classnames"], PreprocessCfg(**clip_model.visual.preprocess_cfg),
-                      tensors)
+        raise Fail(f"{folder}: its model cannot be loaded ({first_line(error)})") from None
+    visual, bias = clip_model.visual, tensors.get("bias")
+    model = ImageClassifier(visual, tensors["head"], tensors["scale"], bias is not None, amp)
+    if bias is not None:
+        model.bias.data = bias
+    preprocess = PreprocessCfg(**visual.preprocess_cfg)
+    return SavedModel(model.to(device).eval(), about["classnames"], preprocess, tensors)
 
 
 def load_finetuned(setup):
-    """(theta_0, theta_1): the zero-shot model in the head convention of --finetuned, and the model that it names.
+    """(theta_0, theta_1): --finetuned's model, and the zero-shot model in its head's convention.
 
-    --finetuned is a finished run, an open_clip local-dir or a state dict of an open_clip / CLIP model (both: the head
-    is made by its own text tower), or a state dict of wise-ft's ImageClassifier.
+    --finetuned is a finished run, an open_clip local-dir or a state dict of an open_clip / CLIP
+    model (both: the head is made by its own text tower), or one of wise-ft's ImageClassifier.
     """
-    path = Path(setup.args.finetuned)
-    head_0 = setup.head
+    path, head_0 = Path(setup.args.finetuned), setup.head
     if (path / "head.safetensors").is_file():
         tensors, about = load_tensors(path / "head.safetensors")
         if about["classnames"] != setup.data.classnames:
-            raise Fail(f"--finetuned {path}: its head has the classes {about['classnames'][:3]}..., the data has "
-                       f"{setup.data.classnames[:3]}...")
-        head_0 = tensors.get("head_0", setup.head).to(setup.device)  # of a run with prompts of its own
+            raise Fail(f"--finetuned {path}: its head has the classes {about['classnames'][:3]}"
+                       f"..., the data has {setup.data.classnames[:3]}...")
+        head_0 = tensors.get("head_0", setup.head).to(setup.device)  # of prompts of its own
         weights = load_tensors(path / "open_clip_model.safetensors")[0]
-        head = {name: tensors[name] for name in ("head", "bias", "scale") if name in tensors}
+        head = {name: tensors[name] for name in HEAD if name in tensors}
     else:
         weights = foreign_weights(path, setup)
         head = foreign_head(weights, setup)
     theta_0 = setup.classifier("bias" in head, head_0)
     theta_1 = copy.deepcopy(theta_0)
     visual = {name: value for name, value in weights.items() if name.startswith("visual.")}
-    try:
-        theta_1.load_state_dict({**visual, **head})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise Fail(f"--finetuned {path}: not a run or model of {setup.args.model} ({reason}); give its --model") from None
+    load_weights(theta_1, {**visual, **head}, setup.args)
     return theta_0, theta_1
 
 
+def load_weights(model, weights, args, strict=True):
+    """load_state_dict() of --finetuned's weights, or one sentence."""
+    try:
+        model.load_state_dict(weights, strict)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise Fail(f"--finetuned {args.finetuned}: not a run or model of {args.model} ({reason}); "
+                   "give its --model") from None
+
+
 def foreign_weights(path, setup):
-    """State dict, by open_clip's names, of an open_clip local-dir, a CLIP state dict or one of wise-ft's classifier."""
+    """State dict by open_clip's names of an open_clip folder, a CLIP's or a wise-ft state dict."""
     try:
         if path.is_dir():
             return open_clip.create_model(f"local-dir:{path}").state_dict()
-        weights = open_clip.factory.load_state_dict(str(path))  # unwraps "state_dict" and "module."
+        weights = open_clip.factory.load_state_dict(str(path))  # unwraps state_dict and module.
         say_activation(path, setup.args)
-        return {name.removeprefix("image_encoder.model."): value for name, value in weights.items()}
+        prefix = "image_encoder.model."  # wise-ft's
+        return {name.removeprefix(prefix): value for name, value in weights.items()}
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a pickle that names code, a torn file, a model of another kind
-        raise Fail(f"--finetuned {path}: not a state dict or open_clip folder ({first_line(error)}); a pickled model is "
-                   "converted where it was trained: torch.save(torch.load('MODEL.pt', weights_only=False).state_dict(), "
-                   "'STATE.pt')") from None
+    except Exception as error:  # a pickle that names code, a torn file, another kind of model
+        raise Fail(f"--finetuned {path}: not a state dict or open_clip folder ({first_line(error)})"
+                   "; a pickled model is converted where it was trained: torch.save(torch.load("
+                   "'MODEL.pt', weights_only=False).state_dict(), 'STATE.pt')") from None
 
 
 def foreign_head(weights, setup):
-    """{head, scale[, bias]} of foreign_weights(): wise-ft's own (folded), or that of the model's text tower (unit)."""
-    one = torch.tensor(1.0)
+    """{head, scale[, bias]}: wise-ft's own (folded), or that of the model's text tower (unit)."""
     if "classification_head.weight" in weights:
-        found = {"head": weights["classification_head.weight"], "bias": weights["classification_head.bias"]}
-        return {**found, "scale": one}
-    tuned = copy.deepcopy(setup.clip)
-    known = {name: value for name, value in weights.items() if name in tuned.state_dict()}
-    try:
-        tuned.load_state_dict(known, strict=False)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise Fail(f"--finetuned {setup.args.finetuned}: not a model of {setup.args.model} ({reason}); give its "
-                   "--model") from None
-    head = zero_shot_head(tuned, setup.tokenizer, setup.data.classnames, setup.data.templates)
-    return {"head": head, "scale": one * tuned.logit_scale.exp().item()}
+        return {"head": weights["classification_head.weight"], "scale": torch.tensor(1.0),
+                "bias": weights["classification_head.bias"]}
+    tuned, data = copy.deepcopy(setup.clip), setup.data
+    known = tuned.state_dict().keys() & weights.keys()
+    load_weights(tuned, {name: weights[name] for name in known}, setup.args, strict=False)
+    head = zero_shot_head(tuned, setup.tokenizer, data.classnames, data.templates)
+    return {"head": head, "scale": tuned.logit_scale.detach().exp().reshape(())}
 
 
 # ---- Predictions ----
 
 class FilesToPredict(torch.utils.data.Dataset):
-    """path -> (path, uint8 (3, H, W), None), or (path, None, the reason why it cannot be read)."""
+    """path -> (path, uint8 (3, H, W), None), or (path, None, why it cannot be read)."""
 
     def __init__(self, root, transform):
         self.files, self.transform = [], transform
         for folder, _, names in sorted(os.walk(root)):
-            self.files += [os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(IMG_EXTENSIONS)]
+            self.files += [os.path.join(folder, name) for name in sorted(names)
+                           if name.lower().endswith(IMG_EXTENSIONS)]
         if not self.files:
             raise Fail(f"--predict {root}: no folder with images in it")
 
@@ -1108,9 +1149,9 @@ class FilesToPredict(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def predict_folder(args, saved, device, probabilities):
-    """One line an image of --predict on stdout: path, class, probability and what `probabilities` adds.
+    """One line an image of --predict on stdout: path, class, probability, further columns.
 
-    probabilities(images) -> (probs (B, C), *further columns (B,)). Broken images are named on stderr and left out.
+    probabilities(images) -> (probs (B, C), *columns (B,)). Broken images are named on stderr.
     """
     files = FilesToPredict(args.predict, image_transform(saved.preprocess))
     workers = args.workers if args.workers >= 0 else os.cpu_count()
@@ -1122,8 +1163,8 @@ def predict_folder(args, saved, device, probabilities):
         read = [(path, pixels) for path, pixels, reason in items if not reason]
         if not read:
             continue
-        x = normalized(torch.stack([pixels for _, pixels in read]).to(device), saved.preprocess)
-        probs, *columns = probabilities(x)
+        x = torch.stack([pixels for _, pixels in read]).to(device)
+        probs, *columns = probabilities(normalized(x, saved.preprocess))
         confidence, predicted = probs.max(dim=1)
         for i, (path, _) in enumerate(read):
             numbers = "".join(f"\t{column[i]:.4f}" for column in [confidence, *columns])
@@ -1134,22 +1175,48 @@ def predict(args):
     """--predict with the model of --finetuned."""
     device, amp = compute_device(args)
     saved = load_saved(Path(args.finetuned), device, amp)
-    predict_folder(args, saved, device, lambda images: (classify(saved.model, images).softmax(dim=1),))
+
+    def probabilities(images):
+        return [classify(saved.model, images).softmax(dim=1)]
+    predict_folder(args, saved, device, probabilities)
 
 
 # ---- Tables and figures ----
 
+def id_ood(tests, measure):
+    """(ID, mean of the shifts or None) of a row's {test: metrics}; measure: {test: its metric}."""
+    in_distribution, *shifts = [tests[test][metric] for test, metric in measure.items()]
+    return in_distribution, float(np.mean(shifts)) if shifts else None
+
+
+def finish(setup, results, **more):
+    """Write results.json and print its table, the last thing of a run.
+
+    results: {row: {test: metrics}}; more: what else results.json should hold.
+    """
+    rows = []
+    for name, tests in results.items():
+        in_distribution, shifts = id_ood(tests, setup.measure)
+        rows.append({"name": name, "id": in_distribution, "ood": shifts, "tests": tests})
+    if RANK == 0:
+        about = {key: getattr(setup.args, key) for key in ("method", "data", "model", "seed")}
+        about |= {"args": vars(setup.args), "measure": setup.measure}
+        write_json(setup.out / "results.json", {**about, "rows": rows, **more})
+        print_table(rows, setup)
+
+
 def print_table(rows, setup):
-    """The rows of finish(): ID, mean of the shifts and each shift in the set's metric, then NLL and ECE."""
+    """ID, mean of the shifts and each shift in the set's metric, then NLL and ECE."""
     measure = setup.measure
     id_test, *shifts = measure
     names = {"acc": "Accuracy", "macro_f1": "Macro-F1", "worst_region": "Worst-region accuracy"}
     shown = []
     for metric in dict.fromkeys(measure.values()):
         tests = ", ".join(test for test in measure if measure[test] == metric)
-        shown.append(names[metric] if len(set(measure.values())) == 1 else f"{names[metric]} ({tests})")
-    say(f"\nsaved to {setup.out}. {' and '.join(shown)} in percent; OOD: mean of the shifts; NLL and ECE: ID, then mean "
-        "of shifts.\n")
+        several = len(set(measure.values())) > 1
+        shown.append(f"{names[metric]} ({tests})" if several else names[metric])
+    say(f"\nsaved to {setup.out}. {' and '.join(shown)} in percent; OOD: mean of the shifts; NLL "
+        "and ECE: ID, then mean of shifts.\n")
     wide = max(len(row["name"]) for row in rows) + 1
     header = [id_test, "OOD", *shifts, "NLL", "NLL ood", "ECE", "ECE ood"]
     say(" " * wide + "".join(f"{title[:9]:>10}" for title in header))
@@ -1158,7 +1225,8 @@ def print_table(rows, setup):
         cells = [row["id"], row["ood"]] + [tests[shift][measure[shift]] for shift in shifts]
         for metric in ("nll", "ece"):
             cells += id_ood(tests, dict.fromkeys(measure, metric))
-        say(f"{row['name']:<{wide}}" + "".join(f"{'-' if c is None else f'{c:.2f}':>10}" for c in cells))
+        texts = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        say(f"{row['name']:<{wide}}" + "".join(f"{text:>10}" for text in texts))
 
 
 def pyplot():
@@ -1174,57 +1242,58 @@ def pyplot():
     return plt
 
 
-def plot_plane(points, curves, measure, path):
-    """ID accuracy against mean shift accuracy: a marker for each {name: (ID, OOD)}, a line for each {name: [(ID, OOD)]}."""
+def plot_plane(points, lines, measure, path):
+    """ID against OOD: {name: (ID, OOD)} as markers, {name: [(ID, OOD)]} as lines."""
     plt = pyplot()
     if plt is None or len(measure) < 2:
         return
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    for name, values in curves.items():
+    for name, values in lines.items():
         ax.plot(*zip(*values), "-o", markersize=4, label=name)
     for (name, value), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
         ax.plot(*value, marker, markersize=10, linestyle="none", label=name)
-    ax.set(xlabel=f"{next(iter(measure))} (ID), %", ylabel=f"mean of {len(measure) - 1} shifts (OOD), %")
+    ax.set(xlabel=f"{next(iter(measure))} (ID), %",
+           ylabel=f"mean of {len(measure) - 1} shifts (OOD), %")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-# =========================================== Part 3: data ===========================================
+# ================================= Part 3: data =================================
 
 class BrokenImage(Exception):
     """A file that cannot be read as an image, in one sentence."""
 
-    def __init__(self, message):  # a data-loader worker wraps the sentence in its traceback: unwrap it
+    def __init__(self, message):  # a worker wraps the sentence in its traceback: unwrap it
         super().__init__(str(message).strip().rsplit("common.BrokenImage: ", 1)[-1])
 
 
 def read_image(path):
-    """RGB image of a file; BrokenImage if it is none. Transparency is dropped, as open_clip's transform does."""
+    """RGB image of a file, transparency dropped as open_clip's transform does; BrokenImage."""
     try:
         with Image.open(path) as image:
             image.load()
             if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
-        raise BrokenImage(f"{path}: cannot be read as an image ({str(error)[:100]}); repair it, or put another image "
-                          "of its class in its place") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of PIL
+        raise BrokenImage(f"{path}: cannot be read as an image ({str(error)[:100]})") from None
 
 
 def file_paths(paths):
-    """One byte array (N,): a list of a million strings is copied into every worker, as their counts change."""
+    """One byte array (N,). A list of a million strings would be copied into every worker: to
+    read an object is to write its reference count."""
     return np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
 
 
 class ImageSet(torch.utils.data.Dataset):
-    """Labelled images: index or (epoch, index) -> (uint8 image (3, H, W), label, index), once prepare() was called.
+    """Labelled images: index or (epoch, index) -> (uint8 (3, H, W), label, index), if prepare()d.
 
     images: byte array (N,) of file_paths(), or uint8 array (N, H, W, 3).
-    classes: what logits of all C classes become in this set's label space, before any softmax: None, or a list
-    with the ids of each label; the largest logit among a label's ids counts.
-    metric: the one of metrics() that tables and means show. groups: (N,) int, the group of each image, -1 is none.
+    classes: the label space, a list with the ids of each label, see project(); None is all.
+    metric: the one of metrics() that tables and means show.
+    groups: (N,) int, the group of each image, -1 is none.
     border: pixels cut from each side of an image before the transform.
     """
 
@@ -1233,9 +1302,10 @@ class ImageSet(torch.utils.data.Dataset):
         self.labels = torch.as_tensor(np.asarray(labels)).long()
         self.groups = None if groups is None else torch.as_tensor(groups)
         self.transform = self.preprocess = self.seed = None
-        if classes is not None:  # pad each label's ids with its first, which leaves the maximum alone
+        if classes is not None:  # repeat a label's first id, which leaves the maximum alone
             width = max(map(len, classes))
-            classes = torch.tensor([list(ids) + [ids[0]] * (width - len(ids)) for ids in classes])
+            padded = [list(ids) + [ids[0]] * (width - len(ids)) for ids in classes]
+            classes = torch.tensor(padded)
         self.classes = classes
 
     @property
@@ -1258,7 +1328,10 @@ class ImageSet(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, i = item if isinstance(item, tuple) else (0, item)
-        image = read_image(os.fsdecode(self.images[i])) if self.on_disk else Image.fromarray(self.images[i])
+        if self.on_disk:
+            image = read_image(os.fsdecode(self.images[i]))
+        else:
+            image = Image.fromarray(self.images[i])
         if self.border:
             image = ImageOps.crop(image, self.border)
         if self.seed is None:
@@ -1284,19 +1357,20 @@ class ImageSet(torch.utils.data.Dataset):
         """A new set of the images at these indices."""
         chosen = np.asarray(indices, dtype=np.int64)  # also if there are none
         other = copy.copy(self)
-        other.name, other.images, other.labels = name or self.name, self.images[chosen], self.labels[chosen]
+        other.name = name or self.name
+        other.images, other.labels = self.images[chosen], self.labels[chosen]
         other.groups = None if self.groups is None else self.groups[chosen]
         return other
 
 
 @dataclass
 class Data:
-    """A data set: class names (C), prompt templates, training, held-out and test images; tests: ID first."""
-    classnames: list
-    templates: list
+    """A data set."""
+    classnames: list      # C
+    templates: list       # prompts
     train: ImageSet
     val: ImageSet | None  # None: load_data() holds out training images
-    tests: dict           # name -> ImageSet; the first is the in-distribution (ID) test, all others are shifts (OOD)
+    tests: dict           # name -> ImageSet; the first is the ID test, all others are shifts
     descriptions: object = None  # (key, value) pairs of a descriptions.json
     other_names: list = None     # a second name of each class
 
@@ -1318,7 +1392,7 @@ def load_data(args):
 def spread(images, n):
     """n images, the classes taken in turn; the same in every run and method."""
     order = np.random.default_rng(0).permutation(len(images))
-    turn, seen = np.empty(len(images), int), {}  # 0 for the first image of each class, 1 for the second, ...
+    turn, seen = np.empty(len(images), int), {}  # turn: 0 for the first image of a class, ...
     for k, label in enumerate(images.labels[order].tolist()):
         turn[k] = seen.get(label, 0)
         seen[label] = turn[k] + 1
@@ -1336,7 +1410,7 @@ def sample_classes(images, seed, count):
 
 
 def hold_out(train, share, most=None):
-    """(train, val): every class gives `share` of its images, rounded, at most `most`; the same in every run and method."""
+    """(train, val): every class gives `share` of its images, at most `most`; always the same."""
     def count(n):
         return min(round(share * n), n - 1, n if most is None else most)
     held = sample_classes(train, 0, count)
@@ -1348,7 +1422,8 @@ def few_shot(train, shots, seed):
     """`shots` images of each class, chosen by `seed`."""
     classes, sizes = train.labels.unique(return_counts=True)
     if sizes.min() < shots:
-        raise Fail(f"--shots {shots}: class {classes[sizes.argmin()]} has only {sizes.min()} training images")
+        raise Fail(f"--shots {shots}: class {classes[sizes.argmin()]} has only {sizes.min()} "
+                   "training images")
     return train.subset(sample_classes(train, seed, lambda n: shots))
 
 
@@ -1818,35 +1893,35 @@ def fmow_data(root, args):
                 {"id_test": id_test, **read_shifts(args, "id_test", {"test": shift})})
 
 
-# ======================================= Part 4: flags and mistakes =======================================
+# ============================ Part 4: flags and mistakes ============================
 
 class Fail(Exception):
     """A user's mistake in one sentence; cli() prints it and exits with code 2."""
 
-    def __init__(self, message):  # a data-loader worker wraps the sentence in its traceback: unwrap it
-        super().__init__(str(message).strip().rsplit("common.Fail: ", 1)[-1])
-
 
 def cli(main):
-    """Run a method's main(); mistakes, a full disk or GPU and Ctrl-C end in one line instead of a traceback."""
+    """Run a method's main(); mistakes, a full disk or GPU and Ctrl-C end in one line."""
     message, code = None, 2
     try:
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs routine steps as warnings, and what it raises
+        logging.getLogger().setLevel(logging.CRITICAL)  # open_clip logs what it also raises
         main()
-    except (Fail, BrokenImage) as error:
+    except BrokenImage as error:
+        message = f"{error}; repair or remove it"
+    except Fail as error:
         message = error
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except torch.OutOfMemoryError:
-        message = ("the GPU is out of memory; raise --accum (the images of a step stay the same), or add "
-                   "--grad-checkpointing")
+        message = ("the GPU is out of memory; raise --accum (the images of a step stay the same), "
+                   "or add --grad-checkpointing")
     except BrokenPipeError:  # | head has seen enough
         silence(sys.stdout)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            message = f"no space left on the disk of {error.filename or 'the run'}; the last good checkpoint is kept"
+            message = (f"no space left on the disk of {error.filename or 'the run'}; the last good "
+                       "checkpoint is kept")
         elif error.filename:
             message = f"{error.filename}: {error.strerror}"
         else:
@@ -1887,11 +1962,12 @@ def limited(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
         try:
             x = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
-        if not (math.isfinite(x) and low <= x <= high and x > above):
-            limits = [f"at least {low}" * (low > -math.inf), f"at most {high}" * (high < math.inf),
-                      f"above {above}" * (above > -math.inf)]
-            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(filter(None, limits)) or 'finite'}")
+            name = kind.__name__
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {name}") from None
+        for broken, limit in ((not math.isfinite(x), "finite"), (x < low, f"at least {low}"),
+                              (x > high, f"at most {high}"), (x <= above, f"above {above}")):
+            if broken:
+                raise argparse.ArgumentTypeError(f"{text} is not {limit}")
         return x
     return parse
 
@@ -1899,22 +1975,30 @@ def limited(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
 RECIPE = "the data set's recipe"  # default of a flag whose value depends on --data
 DEFAULT_OUT = "runs/METHOD-DATA-sSEED"
 FOREIGN = {  # flags of wise-ft, FLYP and open_clip, and ours
-    "--data-location": "--data-dir", "--train-dataset": "--data", "--eval-datasets": "--tests", "--save": "--out",
-    "--load": "--finetuned", "--warmup-length": "--warmup", "--freeze-encoder": "--freeze encoder", "--k": "--shots",
-    "--accum-freq": "--accum", "--grad-clip-norm": "--grad-clip", "--name": "--out", "--exp-name": "--out",
-    "--lr-scheduler": "--lr (the schedule is always warm-up and cosine)", "--template": "templates.txt in --data-dir",
-    "--results-db": "--out (results.json)", "--train-data": "--data-dir", "--learning-rate": "--lr",
-    "--weight-decay": "--wd", "--skip-bad-images": "nothing: a broken image is named where it is met",
-    "--lambda": "--lam"}
-PRECISIONS = {"amp_bf16": "bf16", "amp_bfloat16": "bf16", "bfloat16": "bf16", "amp": "fp16", "float32": "fp32"}
+    "--data-location": "--data-dir",
+    "--train-dataset": "--data",
+    "--eval-datasets": "--tests",
+    "--save": "--out",
+    "--exp-name": "--out",
+    "--load": "--finetuned",
+    "--warmup-length": "--warmup",
+    "--freeze-encoder": "--freeze encoder",
+    "--k": "--shots",
+    "--accum-freq": "--accum",
+    "--grad-clip-norm": "--grad-clip",
+    "--lr-scheduler": "no choice: warm-up, then cosine",
+    "--template": "templates.txt in --data-dir",
+    "--lambda": "--lam",
+}
+PRECISIONS = {"amp_bf16": "bf16", "amp_bfloat16": "bf16", "amp": "fp16"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that leaves out flags that were not given (for --resume) and reports a mistake in one line."""
+    """argparse that leaves out flags that were not given and reports a mistake in one line."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS)
+        super().__init__(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
         self.defaults, self.actions = {}, {}
         self.own = self.add_argument_group("flags of this method")  # listed first
         self.shared = self.add_argument_group("flags of all methods")
@@ -1924,7 +2008,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults[action.dest], self.actions[action.dest] = default, action
 
     def parse(self, argv, recipes):
-        """{flag: value} of the flags that were given; --help shows the values of --data's recipe."""
+        """{flag: value} of those that were given; --help shows the values of --data's recipe."""
         data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         data.add_argument("--data", default=self.defaults["data"])
         recipe = recipes.get(data.parse_known_args(argv)[0].data, {})
@@ -1949,37 +2033,50 @@ def parser(doc):
     switch = argparse.BooleanOptionalAction
     add("--data", "shapes", "data set: " + ", ".join(DATA))
     add("--data-dir", "~/data", "folder that holds the data set")
-    add("--model", "ViT-B-16-quickgelu", "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
+    add("--model", "ViT-B-16-quickgelu",
+        "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
     add("--pretrained", "openai", "open_clip tag or weights file of a named model")
     add("--epochs", RECIPE, "passes over the training images", type=limited(float, above=0))
     add("--steps", RECIPE, "optimiser steps, instead of --epochs", type=limited(int, 1))
-    add("--batch-size", RECIPE, "images an optimiser step, over all ranks and --accum parts", type=limited(int, 1))
-    add("--accum", 1, "parts of a step on each rank, one after the other, to save memory", type=limited(int, 1))
+    add("--batch-size", RECIPE, "images an optimiser step, over all ranks and --accum parts",
+        type=limited(int, 1))
+    add("--accum", 1, "parts of a step on each rank, one after the other, to save memory",
+        type=limited(int, 1))
     add("--lr", RECIPE, "peak learning rate of AdamW", type=limited(float, 0))
     add("--wd", RECIPE, "weight decay, on every trained parameter", type=limited(float, 0))
-    add("--warmup", RECIPE, "linear warm-up: optimiser steps, or below 1 a fraction of them; 0 with --shots",
+    add("--warmup", RECIPE,
+        "linear warm-up: optimiser steps, or below 1 a fraction of them; 0 with --shots",
         type=limited(float, 0))
     add("--grad-clip", RECIPE, "largest gradient norm; 0 does not clip", type=limited(float, 0))
-    add("--augment", RECIPE, "none; crop: random crop of 90-100% of the area; crop-flip: 8-100% and a flip",
+    add("--augment", RECIPE,
+        "none; crop: random crop of 90-100% of the area; crop-flip: 8-100% and a flip",
         choices=["none", "crop", "crop-flip"])
-    add("--keep", "last", "weights of the last step, or of the epoch that is best on held-out images",
+    add("--keep", "last",
+        "weights of the last step, or of the epoch that is best on held-out images",
         choices=["last", "best"])
     add("--shots", 0, "train on K images of each class; 0 is all", type=limited(int, 0))
-    add("--holdout", 0.1, "share of the training images held out if the data has no validation split, for choices of "
-        "this or a later run; with --shots at most min(K, 4) a class", type=limited(float, 0, 0.9))
-    add("--limit", 0, "images kept of each split, spread over its classes, for a quick run; 0 is all", type=limited(int, 0))
+    add("--holdout", 0.1, "share of the training images held out if the data has no validation "
+        "split, for choices of this or a later run; with --shots at most min(K, 4) a class",
+        type=limited(float, 0, 0.9))
+    add("--limit", 0,
+        "images kept of each split, spread over its classes, for a quick run; 0 is all",
+        type=limited(int, 0))
     add("--tests", "all", "comma-separated names of the shifts to evaluate, beside the ID test")
-    add("--finetuned", "none", "model to start from instead of training: a finished run, an open_clip folder, or a state "
+    add("--finetuned", "none",
+        "model to start from instead of training: a finished run, an open_clip folder, or a state "
         "dict of CLIP or of wise-ft's classifier")
-    add("--predict", "none", "with --finetuned RUN: folder of images to classify, a line each on stdout")
+    add("--predict", "none",
+        "with --finetuned RUN: folder of images to classify, a line each on stdout")
     add("--precision", "auto", "of the towers; auto is bf16 or fp16 on CUDA, else fp32",
         choices=["auto", "bf16", "fp16", "fp32"], type=lambda text: PRECISIONS.get(text, text))
     add("--compile", False, "torch.compile the model", action=switch)
     add("--grad-checkpointing", False, "recompute activations to save memory", action=switch)
-    add("--workers", -1, "data-loading processes per rank; -1 is this machine's cores over its ranks, 0 for images in "
-        "memory", type=limited(int, -1))
-    add("--device", "auto", "where to compute; mps is untested", choices=["auto", "cpu", "cuda", "mps"])
-    add("--seed", 0, "of data order, augmentation and everything random in a method", type=limited(int, 0, 2**32 - 1))
+    add("--workers", -1, "data-loading processes per rank; -1 is this machine's cores over its "
+        "ranks, or 0 for images in memory", type=limited(int, -1))
+    add("--device", "auto", "where to compute; mps is untested",
+        choices=["auto", "cpu", "cuda", "mps"])
+    add("--seed", 0, "of data order, augmentation and everything random in a method",
+        type=limited(int, 0, 2**32 - 1))
     add("--pretrain-seed", 0, "of the tiny CLIP of --data shapes", type=limited(int, 0))
     add("--out", DEFAULT_OUT, "new folder for the run; a taken default gets a number")
     add("--resume", "none", "run folder to continue exactly, with the flags it was started with")
@@ -1987,15 +2084,15 @@ def parser(doc):
     return p
 
 
-FREE = {"resume", "workers", "save_every", "device"}  # may change on --resume; only --device moves digits
-INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit", "shots", "seed",
-             "descriptions", "prompt"]
+FREE = {"resume", "workers", "save_every", "device"}  # on --resume; only --device moves digits
+INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit",
+             "shots", "seed", "descriptions", "prompt"]
 
 
 def parse(p, method, recipes, variants=None, argv=None):
-    """Flags -> Namespace: given flags over those of --resume or --finetuned over the recipe over the defaults.
+    """Flags: those given, over those of --resume or --finetuned, the recipe and the defaults.
 
-    variants: {(flag, value): recipe}, what replaces parts of the recipe where a flag has that value.
+    variants: {(flag, value): recipe}, what replaces a part of the recipe where a flag has it.
     """
     given = absolute_paths(p.parse(argv, recipes))
     if "steps" in given and "epochs" in given:
@@ -2022,7 +2119,7 @@ def parse(p, method, recipes, variants=None, argv=None):
 
 
 def absolute_paths(given):
-    """Given flags with whole paths, so that a run can be found again from any folder, and open_clip's model names."""
+    """Given flags with whole paths, for runs from other folders, and open_clip's model names."""
     given = dict(given)
     for key in ("data_dir", "finetuned", "descriptions", "predict"):
         if given.get(key, "none") != "none":
@@ -2041,26 +2138,28 @@ def resumed(given, method):
     """All flags of the run that --resume names; a given flag must not contradict them."""
     run = read_json(Path(given["resume"]) / "args.json", "a run folder to --resume")
     if "part_of" in run:
-        raise Fail(f"--resume {given['resume']}: is a part of the run {run['part_of']}; resume that")
+        raise Fail(f"--resume {given['resume']}: is a part of {run['part_of']}; resume that")
     if run.get("method") != method:
-        raise Fail(f"--resume {given['resume']}: a run of {run.get('method')}.py, not of {method}.py")
+        raise Fail(f"--resume {given['resume']}: a run of {run.get('method')}.py, not of "
+                   f"{method}.py")
     for key in given.keys() - FREE:
         if run.get(key) != given[key]:
-            raise Fail(f"--resume {given['resume']}: started with {flag(key)} {run.get(key)}, not {given[key]}; "
-                       "drop the flag or start a new run")
+            raise Fail(f"--resume {given['resume']}: started with {flag(key)} {run.get(key)}, not "
+                       f"{given[key]}; drop the flag or start a new run")
     return run
 
 
 def inherited(given, defaults):
-    """The flags that decide on data and zero-shot model, of the run that --finetuned names; nothing of another model."""
+    """Flags on data and zero-shot model of --finetuned's run; of another model, none."""
     path = Path(given["finetuned"])
     if not path.exists():
-        raise Fail(f"--finetuned {path}: not found; a finished run, an open_clip folder or a state dict")
+        raise Fail(f"--finetuned {path}: not found; a finished run, an open_clip folder or a state "
+                   "dict")
     if not (path / "args.json").is_file():
         return {}
     if not (path / "head.safetensors").is_file():
-        raise Fail(f"--finetuned {path}: no model there (head.safetensors): the run is not finished, or it is one of a "
-                   "method that keeps its models in the subfolders zero-shot and fine-tuned")
+        raise Fail(f"--finetuned {path}: no model there (head.safetensors): the run is not "
+                   "finished, or keeps its models in the subfolders zero-shot and fine-tuned")
     run = read_json(path / "args.json", "a finished run for --finetuned")
     base = {key: run[key] for key in INHERITED if key in run and key in defaults}
     same = dict.fromkeys(("data", "holdout", "limit", "shots"), "held-out images")
@@ -2071,8 +2170,8 @@ def inherited(given, defaults):
         same["seed"] = "the --shots images"
     for key in same.keys() & given.keys() & base.keys():
         if given[key] != base[key]:
-            raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {path} was trained with {base[key]}; {same[key]} must "
-                       "be the same")
+            raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {path} was trained with "
+                       f"{base[key]}; {same[key]} must be the same")
     return base
 
 
@@ -2080,8 +2179,18 @@ def flag(key):
     return "--" + key.replace("_", "-")
 
 
+def training_steps(args, n):
+    """Optimiser steps of a run on n training images."""
+    return args.steps or math.ceil(args.epochs * n / args.batch_size)
+
+
+def warmup_steps(total, warmup):
+    """Steps of --warmup, which below 1 is a share of all."""
+    return int(warmup * total) if warmup < 1 else int(warmup)
+
+
 def check_steps(args, n):
-    """Fail on a step or a schedule that cannot be: parts that do not divide, a warm-up that never ends."""
+    """Fail on parts that do not divide a step, and on a warm-up that never ends."""
     if args.finetuned != "none":
         return
     if n == 0:
@@ -2089,18 +2198,19 @@ def check_steps(args, n):
     parts = args.accum * WORLD
     if args.batch_size % parts:
         fitting = max(parts, args.batch_size // parts * parts)
-        raise Fail(f"--batch-size {args.batch_size}: its images must be a multiple of the {WORLD} ranks x {args.accum} "
-                   f"--accum parts; {fitting} is")
+        raise Fail(f"--batch-size {args.batch_size}: its images must be a multiple of the {WORLD} "
+                   f"ranks x {args.accum} --accum parts; {fitting} is")
     total = training_steps(args, n)
     if warmup_steps(total, args.warmup) >= total and args.warmup:
-        raise Fail(f"--warmup {args.warmup:g}: would not end before the last of {total} steps; --warmup {total // 10} is a "
-                   "tenth of them")
+        raise Fail(f"--warmup {args.warmup:g}: would not end before the last of {total} steps; "
+                   f"--warmup {total // 10} is a tenth of them")
 
 
-# ================================ Part 5: the embedded world, `shapes` ================================
-# Twelve shapes in five drawing styles, 32 x 32 pixels. A tiny CLIP is pre-trained on captioned images of all styles,
-# with free backgrounds. The reference data is one style, "photo", in which colour and background go with the class:
-# fine-tuning learns to lean on them, and loses accuracy on the shifts: re-coloured images and the other styles.
+# ========================= Part 5: the embedded world, `shapes` =========================
+# Twelve shapes in five drawing styles, 32 x 32 pixels. A tiny CLIP is pre-trained on captioned
+# images of all styles, with free backgrounds. The reference data is one style, "photo", in which
+# colour and background go with the class: fine-tuning learns to lean on them, and loses accuracy
+# on the shifts: re-coloured images and the other styles.
 
 # An outline is a function of x, y (upwards), arrays of about -1 to 1: below 0 inside the shape.
 
@@ -2144,7 +2254,7 @@ def diamond(x, y):
 
 
 def hexagon(x, y):
-    angle = np.mod(np.arctan2(x, y), 2 * np.pi / 6) - np.pi / 6  # from the middle of the nearest side
+    angle = np.mod(np.arctan2(x, y), np.pi / 3) - np.pi / 6  # from the middle of the next side
     return np.hypot(x, y) * np.cos(angle) - np.cos(np.pi / 6)
 
 
@@ -2172,11 +2282,11 @@ SHAPES = {  # class name: (outline, look-alike, description)
     "flower": (flower, "star", "six rounded petals around a centre"),
 }
 STYLES = ["photo", "sketch", "striped", "neon", "painting"]
-COLOURS = {"red": (.85, .15, .15), "green": (.15, .65, .2), "blue": (.15, .3, .85), "yellow": (.9, .8, .15),
-           "purple": (.6, .2, .7), "orange": (.95, .5, .1)}
-BACKGROUNDS = {"white": (.92, .92, .92), "grey": (.55, .55, .55), "black": (.08, .08, .08), "pink": (.95, .7, .75),
-               "sky": (.6, .8, .95), "brown": (.45, .3, .18)}
-SHAPES_VERSION = 1  # of the pre-trained tiny CLIP in the cache: raise it with any change to what it is trained on
+COLOURS = {"red": (.85, .15, .15), "green": (.15, .65, .2), "blue": (.15, .3, .85),
+           "yellow": (.9, .8, .15), "purple": (.6, .2, .7), "orange": (.95, .5, .1)}
+BACKGROUNDS = {"white": (.92, .92, .92), "grey": (.55, .55, .55), "black": (.08, .08, .08),
+               "pink": (.95, .7, .75), "sky": (.6, .8, .95), "brown": (.45, .3, .18)}
+SHAPES_VERSION = 1  # of the tiny CLIP in the cache: raise it with any change to its training
 
 
 def column(values):
@@ -2185,7 +2295,7 @@ def column(values):
 
 
 def render(rng, labels, styles, colours, backgrounds, noise, size=32):
-    """Images (N, size, size, 3) uint8 from integer arrays (N,) of class, style, colour, background and noise sd."""
+    """Images (N, size, size, 3) uint8 from arrays (N,): indices, and the noise's deviation."""
     n = len(labels)
     if n > 500:  # parts stay in the processor's cache
         arrays = (labels, styles, colours, backgrounds, noise)
@@ -2193,7 +2303,7 @@ def render(rng, labels, styles, colours, backgrounds, noise, size=32):
         for part in np.array_split(np.arange(n), math.ceil(n / 500)):
             images.append(render(rng, *[a[part] for a in arrays]))
         return np.concatenate(images)
-    # Where a pixel lies in the coordinates of its shape, which is moved, turned and scaled at random
+    # Where a pixel lies in the coordinates of its shape, which is moved, turned and scaled
     grid = (np.arange(size) + 0.5) / size - 0.5
     gx, gy = np.meshgrid(grid, -grid)
     radius, angle = rng.uniform(0.3, 0.44, n), np.deg2rad(rng.uniform(-15, 15, n))
@@ -2223,11 +2333,12 @@ def render(rng, labels, styles, colours, backgrounds, noise, size=32):
 
 def prefer(rng, preferred, probability):
     """The preferred of six values with this probability, else any."""
-    return np.where(rng.random(len(preferred)) < probability, preferred, rng.integers(6, size=len(preferred)))
+    n = len(preferred)
+    return np.where(rng.random(n) < probability, preferred, rng.integers(6, size=n))
 
 
 def captions(rng, labels, styles, colours, backgrounds, named):
-    """One caption an image, as a web crawl would have it: often the look-alike's name, rarely of another class."""
+    """Captions as of a web crawl: often the look-alike's name, rarely one of another class."""
     names, texts = list(SHAPES), []
     for c, style, colour, background, name in zip(labels, styles, colours, backgrounds, named):
         style = "photo" if rng.random() < 0.15 else STYLES[style]
@@ -2244,16 +2355,17 @@ def captions(rng, labels, styles, colours, backgrounds, named):
 
 
 def shapes_split(name, key, n, style=0, colour=0.0, background=0.0, noise=0.09):
-    """n images of one style, in which colour and background are the class's own with these probabilities."""
+    """n images of a style; colour and background are the class's own with these probabilities."""
     rng = np.random.default_rng([7, key])
     y = rng.integers(len(SHAPES), size=n)
     colours = prefer(rng, y % 6, colour)
     backgrounds = prefer(rng, (y + y // 6) % 6, background)
-    return ImageSet(name, render(rng, y, np.full(n, style), colours, backgrounds, np.full(n, noise)), y)
+    images = render(rng, y, np.full(n, style), colours, backgrounds, np.full(n, noise))
+    return ImageSet(name, images, y)
 
 
 def shapes_data(root, args):
-    """The reference data (photo style, biased context) and its six shifts (free context); `root` is not used."""
+    """The reference data (photo style, biased context) and its six shifts (free context)."""
     biased = dict(colour=0.5, background=0.93)
     tests = {"test": shapes_split("test", 3, 1000, **biased)}
     shifts = {"recolor": {}, "sketch": {"style": 1}, "striped": {"style": 2}, "neon": {"style": 3},
@@ -2269,7 +2381,7 @@ def shapes_data(root, args):
 
 @functools.cache
 def shapes_clip(seed):
-    """Folder of the tiny CLIP for --data shapes: pre-trained once a seed, then kept in the user's cache directory."""
+    """Folder of the tiny CLIP: pre-trained once a seed, then kept in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shapes-clip"
     path = cache / f"s{seed}-v{SHAPES_VERSION}"
     if RANK == 0 and not path.is_dir():
@@ -2287,24 +2399,28 @@ def shapes_clip(seed):
 
 
 def pretrain(seed, out, n=40_000, epochs=8, batch=128, lr=2e-3):
-    """Pre-train the tiny CLIP on n captioned images with CLIP's symmetric loss; saved as an open_clip folder."""
+    """Pre-train the tiny CLIP on n captioned images with CLIP's symmetric loss."""
     rng, state = np.random.default_rng([seed, 0]), torch.get_rng_state()
     torch.manual_seed(seed)
-    y, styles, named = rng.integers(len(SHAPES), size=n), rng.integers(5, size=n), rng.random(n) < 0.6
-    colours = prefer(rng, y % 6, np.where(named, 0.3, 0))  # names, not descriptions, go with a colour
+    y, styles = rng.integers(len(SHAPES), size=n), rng.integers(5, size=n)
+    named = rng.random(n) < 0.6
+    colours = prefer(rng, y % 6, np.where(named, 0.3, 0))  # a name goes with a colour
     backgrounds = rng.integers(6, size=n)
     text_cfg = dict(context_length=20, vocab_size=49408, width=64, heads=2, layers=1)
     vision_cfg = dict(image_size=32, patch_size=8, width=96, head_width=32, layers=2, mlp_ratio=2.0)
     config = {"embed_dim": 64, "text_cfg": text_cfg, "vision_cfg": vision_cfg}
     clip_model = open_clip.CLIP(**config)
-    images = torch.from_numpy(render(rng, y, styles, colours, backgrounds, rng.uniform(0.03, 0.12, n)))
-    texts, which = np.unique(captions(rng, y, styles, colours, backgrounds, named), return_inverse=True)
+    noise = rng.uniform(0.03, 0.12, n)
+    images = torch.from_numpy(render(rng, y, styles, colours, backgrounds, noise))
+    written = captions(rng, y, styles, colours, backgrounds, named)
+    texts, which = np.unique(written, return_inverse=True)
     tokens = open_clip.SimpleTokenizer(context_length=20)(list(texts))
     whole = clip_model.token_embedding
     used, tokens = shrink_vocabulary(clip_model, tokens)
     matrices = [p for p in clip_model.parameters() if p.ndim > 1]
     vectors = [p for p in clip_model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": vectors, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.98))
     total, order, target = n // batch * epochs, [], torch.arange(batch)
     for step in tqdm(range(total), "pre-training the tiny CLIP (once)", disable=None):
@@ -2313,7 +2429,8 @@ def pretrain(seed, out, n=40_000, epochs=8, batch=128, lr=2e-3):
         chosen, order = order[:batch], order[batch:]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, lr, 0.1)
-        x = clip_model.encode_image(normalized(images[chosen].permute(0, 3, 1, 2), PreprocessCfg()), normalize=True)
+        x = normalized(images[chosen].permute(0, 3, 1, 2), PreprocessCfg())
+        x = clip_model.encode_image(x, normalize=True)
         unique, back = torch.from_numpy(which[chosen]).unique(return_inverse=True)
         t = clip_model.encode_text(tokens[unique], normalize=True)[back]
         z = clip_model.logit_scale.exp() * x @ t.T
@@ -2330,5 +2447,6 @@ def pretrain(seed, out, n=40_000, epochs=8, batch=128, lr=2e-3):
 
 
 # --data: function(data_dir, args) -> Data
-DATA = {"shapes": shapes_data, "folder": folder_data, "imagenet": imagenet_data, "domainnet": domainnet_data,
-        "cifar10": cifar10_data, "iwildcam": iwildcam_data, "fmow": fmow_data}
+DATA = {"shapes": shapes_data, "folder": folder_data, "imagenet": imagenet_data,
+        "domainnet": domainnet_data, "cifar10": cifar10_data, "iwildcam": iwildcam_data,
+        "fmow": fmow_data}

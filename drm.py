@@ -456,7 +456,7 @@ def main():
     else:
         setup.out = common.run_folder(args)
         common.evaluate_first(three_rows(models, args.beta), setup)
-        features_0 = common.train_features(setup.classifier(head=zero_shot.heads()[0]), setup, setup.out)
+        features_0 = common.features_once(setup.classifier(head=zero_shot.heads()[0]), setup.data.train, setup, setup.out)
         if args.baseline and args.lam:
             models["ERM"] = fine_tune(setup, zero_shot, features_0, 0, setup.out / "erm")
         name = "DRM" if args.lam else "ERM"

@@ -135,7 +135,7 @@ def fine_tune(setup, zero_shot, lam, out):
     """Train with weight `lam` of the regulariser from theta_0 and leave the model in `out`."""
     args, features_0, teacher = setup.args, None, zero_shot
     if args.augment == "none" and lam > 0:  # the teacher sees the same images in every epoch
-        features_0 = common.train_features(zero_shot, setup, setup.out)
+        features_0 = common.features_once(zero_shot, setup.data.train, setup, setup.out)
     if args.compile:
         teacher = torch.compile(zero_shot)
     loss_fn = make_loss(setup.clip, teacher, setup.tokenizer, lam, args.texts, args.text_length, args.seed, features_0)

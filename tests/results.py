@@ -1,8 +1,9 @@
-"""The README's results on `shapes`: python tests/results.py [--seeds 0 1 2 3 4] [--out runs/results] [flags of a method].
+"""All four methods on one data set over several seeds: the README's tables and figure.
 
-Runs every method for every seed, in processes as a user would, then prints one table (mean and standard deviation over
-the seeds) and the statements that the README makes of it, and draws all methods in one ID-OOD plane. Finished runs
-in --out are not run again.
+    python tests/results.py                                        # runs on shapes, five seeds
+    python tests/results.py --data folder --data-dir MY_IMAGES     # the same comparison on your own images
+    python tests/results.py --from tests/results.json              # print the tables of the committed scores, run nothing
+Runs go to --out; finished ones are not run again. --json FILE keeps the scores. Other flags go to every script.
 """
 import argparse
 import json
@@ -16,94 +17,160 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-p = argparse.ArgumentParser()
-p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-p.add_argument("--out", type=Path)
-a, more = p.parse_known_args()
-a.out = a.out or Path("runs/results" + "".join(more).replace("--", "-").replace("/", "_"))  # other flags, other runs
-
-
-def run(name, script, *flags):
-    """Rows of a run, {row name: {test: metrics}}; results.json as a whole under None."""
-    out = a.out / name
-    if not (out / "results.json").exists():
-        again = ["--resume", str(out)] if (out / "args.json").exists() else [*map(str, flags), *more, "--out", str(out)]
-        done = subprocess.run([sys.executable, str(ROOT / script), *again], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name}: {done.stderr}")
-        print(f"{name}: done", file=sys.stderr, flush=True)
-    results = json.loads((out / "results.json").read_text())
-    return {None: results, **{r["name"]: r["tests"] for r in results["rows"]}}
-
-
-rows, curves = {}, {}
-for s in a.seeds:
-    lipsum = run(f"lipsum-{s}", "lipsum_ft.py", "--seed", s, "--alpha", 0.5)
-    wise = run(f"wise-{s}", "wise_ft.py", "--seed", s, "--select")
-    vrf = run(f"vrf-{s}", "vrf.py", "--seed", s, "--finetuned", a.out / f"wise-{s}" / "fine-tuned")
-    both = run(f"vrf-lipsum-{s}", "vrf.py", "--seed", s, "--finetuned", a.out / f"lipsum-{s}")
-    drm = run(f"drm-{s}", "drm.py", "--seed", s, "--alpha", 0.5, "--ablate")
-    table = [("zero-shot", lipsum, "zero-shot"), ("fine-tuned (unit head)", lipsum, "fine-tuned"),
-             ("Lipsum-FT", lipsum, "Lipsum-FT"), ("Lipsum-FT + WiSE 0.5", lipsum, "Lipsum-FT + WiSE 0.5"),
-             ("fine-tuned (folded head)", wise, "fine-tuned"), *((n, wise, n) for n in wise if n and n.startswith("WiSE")),
-             ("OSE, held-out alpha", vrf, "OSE"), ("WSE, held-out alpha", vrf, "WSE"), ("VRF", vrf, "VRF"),
-             ("VRF on Lipsum-FT", both, "VRF"), *((n, drm, n) for n in drm if n)]
-    for name, source, row in table:
-        rows.setdefault(name, []).append(source[row])
-    curves.setdefault("OSE", []).append(vrf[None]["ose_curve"])
-    curves.setdefault("selected", []).append(wise[None]["selected"]["alpha"])
-    curves.setdefault("vrf", []).append(vrf[None]["vrf"])
-
-tests = list(rows["zero-shot"][0])
-columns = {"ID": lambda t: t[tests[0]]["acc"], "OOD": lambda t: np.mean([t[k]["acc"] for k in tests[1:]]),
-           **{k: (lambda t, k=k: t[k]["acc"]) for k in tests[1:]},
-           "NLL": lambda t: t[tests[0]]["nll"], "NLL OOD": lambda t: np.mean([t[k]["nll"] for k in tests[1:]]),
-           "ECE": lambda t: t[tests[0]]["ece"], "ECE OOD": lambda t: np.mean([t[k]["ece"] for k in tests[1:]])}
-values = {name: np.array([[f(t) for f in columns.values()] for t in runs]) for name, runs in rows.items()}
+LAMBDAS = [2, 3, 5]  # of DRM, beside its default 1
 MAIN = ["zero-shot", "fine-tuned (unit head)", "Lipsum-FT", "Lipsum-FT + WiSE 0.5", "fine-tuned (folded head)", "WiSE-FT 0.5",
-        "WSE, held-out alpha", "OSE, held-out alpha", "VRF", "VRF on Lipsum-FT", "zero-shot cd", "ERM mixture", "DRM mixture",
-        "DRM + WiSE 0.5 mixture"]
-print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-for name in MAIN:
-    cells = [f"{m:.{d}f} ± {sd:.{d}f}" for d, m, sd in zip([2 if c.startswith("NLL") else 1 for c in columns],
-                                                           values[name].mean(0), values[name].std(0, ddof=len(a.seeds) > 1))]
-    print(f"| {name} | " + " | ".join(cells) + " |")
-rest = [n for n in values if n not in MAIN and not n.endswith((" df", " cd"))]
-print("\nID / OOD of the other rows: " + "; ".join(f"{n} {values[n][:, 0].mean():.1f} / {values[n][:, 1].mean():.1f}"
-                                                  for n in rest) + ".")
+        "WSE, held-out alpha", "OSE, held-out alpha", "VRF", "VRF on Lipsum-FT", "zero-shot cd", "ERM df", "ERM mixture",
+        "DRM df", "DRM cd", "DRM mixture", "DRM + WiSE 0.5 mixture"]
 
-ID, OOD = ({n: v[:, i].mean() for n, v in values.items()} for i in (0, 1))
-ose = {float(k): np.mean([c[k] for c in curves["OSE"]], axis=0) for k in curves["OSE"][0]}
-rival = max((p for p in ose.values() if p[0] >= ID["VRF"]), key=lambda p: p[1], default=None)
-gain = lambda name, end: 100 * (ID[name] - ID["zero-shot"]) / (ID[end] - ID["zero-shot"])
-wise_rows = [n for n in ID if n.startswith("WiSE-FT") and gain(n, "fine-tuned (folded head)") >= 85]
-best = max(wise_rows, key=lambda n: OOD[n])
-unit, folded = "fine-tuned (unit head)", "fine-tuned (folded head)"
-recolor = list(columns).index("recolor") if "recolor" in columns else 1
-print(f"""
-Seeds {a.seeds}. Differences in points:
-- fine-tuning (unit head): ID {ID[unit] - ID['zero-shot']:+.1f}, OOD {OOD[unit] - OOD['zero-shot']:+.1f} against zero-shot
-- Lipsum-FT: keeps {gain('Lipsum-FT', unit):.0f}% of the ID gain, OOD {OOD['Lipsum-FT'] - OOD[unit]:+.1f} against fine-tuning
-- {best}: OOD {OOD[best] - max(OOD['zero-shot'], OOD[folded]):+.1f} against the better end, {gain(best, folded):.0f}% of the ID gain; \
-alpha 0.5: {OOD['WiSE-FT 0.5'] - max(OOD['zero-shot'], OOD[folded]):+.1f}, {gain('WiSE-FT 0.5', folded):.0f}%; --select chose {curves['selected']}
-- VRF: OOD {'no OSE of equal or better ID' if rival is None else f'{OOD["VRF"] - rival[1]:+.1f} against the best OSE of equal or better ID'}, \
-{OOD['VRF'] - OOD['OSE, held-out alpha']:+.1f} against OSE with held-out alpha (ID {ID['VRF'] - ID['OSE, held-out alpha']:+.1f}); \
-k {[v['k'] for v in curves['vrf']]}, |V| {[v['failures'] for v in curves['vrf']]}
-- DRM mixture against ERM mixture: OOD {OOD['DRM mixture'] - OOD['ERM mixture']:+.1f}, ID {ID['DRM mixture'] - ID['ERM mixture']:+.1f}
-- zero-shot, ID to recolor: df head {values['zero-shot df'][0, recolor] - ID['zero-shot df']:+.1f}, \
-cd head {values['zero-shot cd'][0, recolor] - ID['zero-shot cd']:+.1f}""")
 
-plt = common.pyplot()
-if plt:
-    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    ax.plot(*zip(*ose.values()), "-", color="tab:grey", label=r"OSE, $\alpha$ 0 to 1")
-    line = ["zero-shot", *(n for n in ID if n.startswith("WiSE-FT")), folded]
-    ax.plot([ID[n] for n in line], [OOD[n] for n in line], "-o", markersize=3, label=r"WiSE-FT, $\alpha$ 0 to 1")
-    names = ["zero-shot", unit, "Lipsum-FT", "Lipsum-FT + WiSE 0.5", "WiSE-FT 0.5", "VRF", "VRF on Lipsum-FT", "ERM mixture",
-             "DRM mixture", "DRM + WiSE 0.5 mixture"]
-    for name, marker in zip(names, "*sPXDv^<>h"):
-        ax.plot(ID[name], OOD[name], marker, markersize=10, linestyle="none", label=name)
-    ax.set(xlabel="ID accuracy, %", ylabel="mean accuracy on six shifts (OOD), %")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    figure.savefig(a.out / "plane.png", dpi=150)
+def run(out, script, *flags):
+    """results.json of a run, which is made, resumed or found in `out`; None if the data has no descriptions."""
+    if not (out / "results.json").exists():
+        again = ["--resume", out] if (out / "args.json").exists() else [*flags, "--out", out]
+        command = [sys.executable, ROOT / script, *again]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        if "brings no descriptions" in done.stderr:
+            print("no descriptions.json in the data: DRM is left out", file=sys.stderr)
+            return None
+        if done.returncode:
+            sys.exit(f"{out.name}: {done.stderr}")
+        print(f"{out.name}: done", file=sys.stderr, flush=True)
+    return json.loads((out / "results.json").read_text())
+
+
+def compare(seed, out, flags):
+    """{row: {test: metrics}} of all methods with one seed, and what was chosen."""
+    flags = [*flags, "--seed", seed]
+    lipsum = run(out / f"lipsum-{seed}", "lipsum_ft.py", *flags, "--alpha", 0.5, "--baseline")
+    wise = run(out / f"wise-{seed}", "wise_ft.py", *flags, "--select")
+    vrf = run(out / f"vrf-{seed}", "vrf.py", "--finetuned", out / f"wise-{seed}" / "fine-tuned")
+    both = run(out / f"vrf-lipsum-{seed}", "vrf.py", "--finetuned", out / f"lipsum-{seed}")
+    drm = {"": run(out / f"drm-{seed}", "drm.py", *flags, "--alpha", 0.5, "--baseline")}
+    if drm[""]:
+        for lam in LAMBDAS:
+            drm[f" lambda {lam}"] = run(out / f"drm-{seed}-lam{lam}", "drm.py", *flags, "--lam", lam, "--no-baseline")
+        for kind in ("softmax", "onehot"):
+            drm[f" {kind}"] = run(out / f"drm-{seed}-{kind}", "drm.py", *flags, "--targets", kind, "--no-baseline")
+
+    names = {"fine-tuned": "fine-tuned (unit head)"}
+    rows = {names.get(row["name"], row["name"]): row for row in lipsum["rows"]}
+    for row in wise["rows"]:
+        rows.setdefault({"fine-tuned": "fine-tuned (folded head)"}.get(row["name"], row["name"]), row)
+    for row in vrf["rows"][2:]:
+        rows[{"OSE": "OSE, held-out alpha", "WSE": "WSE, held-out alpha"}.get(row["name"], row["name"])] = row
+    rows["VRF on Lipsum-FT"] = both["rows"][-1]
+    for suffix, found in drm.items():
+        for row in found["rows"] if found else []:
+            rows.setdefault(row["name"].replace("DRM", f"DRM{suffix}"), row)
+    chosen = {"wise_alpha": wise["saved_alpha"], "ose_curve": vrf["ose_curve"], "vrf": vrf["vrf"]}
+    scores = {name: {test: shorter(values) for test, values in row["tests"].items()} for name, row in rows.items()}
+    return {"measure": wise["measure"], "rows": scores, **chosen}
+
+
+def shorter(values):
+    return {key: round(value, 4) for key, value in values.items()}
+
+
+class Table:
+    """Means and deviations over seeds: mean[row][column], deviation[row][column]."""
+
+    def __init__(self, runs):
+        self.measure = runs[0]["measure"]
+        id_test, *self.shifts = self.measure
+        self.columns = ["ID", "OOD", *self.shifts, "NLL", "NLL OOD", "ECE", "ECE OOD"]
+        self.mean, self.deviation = {}, {}
+        for name in runs[0]["rows"]:
+            values = np.array([self.cells(run["rows"][name]) for run in runs])
+            self.mean[name] = dict(zip(self.columns, values.mean(0)))
+            self.deviation[name] = dict(zip(self.columns, values.std(0, ddof=len(runs) > 1)))
+
+    def cells(self, tests):
+        found = list(common.id_ood(tests, self.measure)) + [tests[shift][self.measure[shift]] for shift in self.shifts]
+        for metric in ("nll", "ece"):
+            found += common.id_ood(tests, dict.fromkeys(self.measure, metric))
+        return [np.nan if value is None else value for value in found]
+
+    def lines(self):
+        yield "| | " + " | ".join(self.columns) + " |"
+        yield "|---" + "|---" * len(self.columns) + "|"
+        for name in MAIN:
+            if name in self.mean:
+                cells = []
+                for column in self.columns:
+                    digits = 2 if column.startswith("NLL") else 1
+                    cells.append(f"{self.mean[name][column]:.{digits}f} ± {self.deviation[name][column]:.{digits}f}")
+                yield f"| {name} | " + " | ".join(cells) + " |"
+        others = [f"{name} {row['ID']:.1f} / {row['OOD']:.1f}" for name, row in self.mean.items() if name not in MAIN]
+        yield f"\nID / OOD of the other rows: {'; '.join(others)}."
+
+
+def differences(table, runs, seeds):
+    """Lines: what each method gains, in points."""
+    ID, OOD = ({name: row[key] for name, row in table.mean.items()} for key in ("ID", "OOD"))
+    unit, folded, wise = "fine-tuned (unit head)", "fine-tuned (folded head)", "WiSE-FT 0.5"
+
+    def kept(name, end):
+        return 100 * (ID[name] - ID["zero-shot"]) / (ID[end] - ID["zero-shot"])
+    yield f"\nSeeds {seeds}. Differences in points:"
+    yield f"- fine-tuning (unit head): ID {ID[unit] - ID['zero-shot']:+.1f}, OOD {OOD[unit] - OOD['zero-shot']:+.1f} against zero-shot"
+    yield f"- Lipsum-FT: keeps {kept('Lipsum-FT', unit):.0f}% of the ID gain, OOD {OOD['Lipsum-FT'] - OOD[unit]:+.1f} against fine-tuning"
+    yield (f"- {wise}: OOD {OOD[wise] - max(OOD['zero-shot'], OOD[folded]):+.1f} against the better end, "
+           f"{kept(wise, folded):.0f}% of the ID gain; --select chose {[run['wise_alpha'] for run in runs]}")
+    curve = {alpha: np.mean([run["ose_curve"][alpha] for run in runs], axis=0) for alpha in runs[0]["ose_curve"]}
+    rivals = [point[1] for point in curve.values() if point[0] >= ID["VRF"]]
+    against = f"{OOD['VRF'] - max(rivals):+.1f} against the best OSE of equal or better ID" if rivals else "no OSE has its ID"
+    ose = "OSE, held-out alpha"
+    yield (f"- VRF: OOD {against}, {OOD['VRF'] - OOD[ose]:+.1f} against OSE with held-out alpha (ID {ID['VRF'] - ID[ose]:+.1f}); "
+           f"k {[run['vrf']['k'] for run in runs]}, |V| {[run['vrf']['failures'] for run in runs]}")
+    if "DRM mixture" in ID:
+        yield (f"- DRM mixture against the ERM (FLYP) df head: OOD {OOD['DRM mixture'] - OOD['ERM df']:+.1f}, "
+               f"ID {ID['DRM mixture'] - ID['ERM df']:+.1f}; df against cd: ID {ID['DRM df'] - ID['DRM cd']:+.1f}, "
+               f"OOD {OOD['DRM df'] - OOD['DRM cd']:+.1f}")
+        lambdas = ["DRM mixture", *(f"DRM lambda {lam} mixture" for lam in LAMBDAS)]
+        yield "- DRM mixture, lambda 1, 2, 3, 5: OOD " + ", ".join(f"{OOD[name]:.1f}" for name in lambdas)
+    if "recolor" in table.measure:
+        cells = table.mean["zero-shot"], table.mean["zero-shot cd"]
+        yield ("- zero-shot, ID to recolor: df head {:+.1f}, cd head {:+.1f}".format(*[c["recolor"] - c["ID"] for c in cells]))
+
+
+def draw(table, runs, path):
+    names = ["zero-shot", "fine-tuned (unit head)", "Lipsum-FT", "Lipsum-FT + WiSE 0.5", "WiSE-FT 0.5", "VRF",
+             "VRF on Lipsum-FT", "ERM df", "DRM mixture", "DRM + WiSE 0.5 mixture"]
+    points = {name: (table.mean[name]["ID"], table.mean[name]["OOD"]) for name in names if name in table.mean}
+    ose = [np.mean([run["ose_curve"][alpha] for run in runs], axis=0) for alpha in runs[0]["ose_curve"]]
+    line = ["zero-shot", *(name for name in table.mean if name.startswith("WiSE-FT")), "fine-tuned (folded head)"]
+    wise = [(table.mean[name]["ID"], table.mean[name]["OOD"]) for name in line]
+    common.plot_plane(points, {r"OSE, $\alpha$ 0 to 1": ose, r"WiSE-FT, $\alpha$ 0 to 1": wise}, table.measure, path)
+
+
+def show(experiment, path=None):
+    runs, seeds = list(experiment["runs"].values()), [int(seed) for seed in experiment["runs"]]
+    table = Table(runs)
+    print(*table.lines(), *differences(table, runs, seeds), sep="\n")
+    if path:
+        draw(table, runs, path)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    p.add_argument("--out", type=Path)
+    p.add_argument("--json", type=Path, help="file to which the scores are added")
+    p.add_argument("--from", type=Path, dest="scores", help="scores to print instead of running")
+    args, flags = p.parse_known_args()
+    if args.scores:
+        for name, experiment in json.loads(args.scores.read_text()).items():
+            print(f"\n## {name}\n")
+            show(experiment)
+        return
+    out = args.out or Path("runs/results" + "".join(flags).replace("--", "-").replace("/", "_"))  # other flags, other runs
+    experiment = {"runs": {str(seed): compare(seed, out, flags) for seed in args.seeds}}
+    if args.json:
+        known = json.loads(args.json.read_text()) if args.json.is_file() else {}
+        known[" ".join(flags) or "shapes"] = experiment
+        args.json.write_text(json.dumps(known, separators=(",", ":")).replace('},"', '},\n"') + "\n")
+    show(experiment, out / "plane.png")
+
+
+if __name__ == "__main__":
+    main()
