@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number    lines 62-512    all that an auditor of a method reads
-    Part 2  Files of a run              lines 513-1262  checkpoints, logs, saved models, tables
-    Part 3  Data                        lines 1263-1895  image sets, the papers' data sets
-    Part 4  Flags and mistakes          lines 1896-2208  recipes, --resume, --finetuned
-    Part 5  The embedded world          lines 2209-2452  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 62-511     all that an auditor of a method reads
+    Part 2  Files of a run            lines 512-1258   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1259-1891  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1892-2206  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2207-2450  `shapes` and its tiny CLIP
 
 Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk;
 nothing else in them changes a number. No part knows a method: losses, ensembles and equations
@@ -60,11 +60,10 @@ READ_EVERY = 20   # steps between two moments at which the host reads losses fro
 
 
 # ============================ Part 1: what determines a number ============================
-# A run is: setup = start(args); setup.out = run_folder(args); train; evaluate; finish.
 
 @dataclass
 class Setup:
-    """What every method starts from."""
+    """What every run starts from: start, run_folder, train, evaluate, finish."""
     args: argparse.Namespace
     data: "Data"             # class names, templates, training, held-out and test images
     clip: nn.Module          # the pre-trained open_clip model, never trained in place
@@ -76,8 +75,8 @@ class Setup:
     @functools.cached_property
     def head(self):
         """W (C, D), the zero-shot text head of the data's templates."""
-        names, templates = self.data.classnames, self.data.templates
-        return zero_shot_head(self.clip, self.tokenizer, names, templates)
+        data = self.data
+        return zero_shot_head(self.clip, self.tokenizer, data.classnames, data.templates)
 
     @property
     def scale(self):
@@ -94,9 +93,9 @@ class Setup:
         head = self.head if head is None else head
         visual = copy.deepcopy(self.clip.visual) if own_tower else self.clip.visual
         if folded:
-            model = ImageClassifier(visual, self.scale * head, 1.0, bias=True, amp=self.amp)
+            model = ImageClassifier(visual, self.scale * head, 1.0, True, self.amp)
         else:
-            model = ImageClassifier(visual, head, self.scale, amp=self.amp)
+            model = ImageClassifier(visual, head, self.scale, False, self.amp)
         return model.to(self.device).eval()
 
     def fit(self, model, loss_fn, out, predict=None):
@@ -125,10 +124,9 @@ def start(args):
 def encode_texts(clip_model, tokens):
     """G(t): unit-norm text features (m, D), fp32, of tokens (m, n).
 
-    Computed up to the longest text's end only. Equal to encoding all positions: attention is
-    causal, so no position before the padding sees it, and the feature is read at EOT, the
-    largest id. A tower without these two properties encodes its full context; ValueError
-    unless n is that, and for any tower if n exceeds it.
+    Computed up to the longest text's end only, which is exact: attention is causal, and the
+    feature is read at EOT, the largest id. A tower without these two properties encodes its
+    full context; ValueError unless n is that, and for any tower if n exceeds it.
     """
     tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the tower's parts itself
     pooling = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
@@ -197,6 +195,16 @@ def classify(model, images):
     return model(images)[0]
 
 
+def average(model_0, model_1, alpha):
+    """The model with weights (1 - alpha) theta_0 + alpha theta_1: WiSE-FT after another method."""
+    theta, model = model_1.state_dict(), copy.deepcopy(model_1)
+    for name, value in model_0.state_dict().items():
+        if value.is_floating_point():
+            theta[name] = (1 - alpha) * value + alpha * theta[name]
+    model.load_state_dict(theta)
+    return model.eval()
+
+
 # ---- Batches: order, augmentation, label space ----
 
 class Batch(NamedTuple):
@@ -215,7 +223,7 @@ class ShuffledEpochs(torch.utils.data.Sampler):
 
     def __init__(self, n, args, first, last):
         self.n, self.seed, self.first, self.last = n, args.seed, first, last
-        self.accum, self.parts = args.accum, args.accum * WORLD
+        self.parts = args.accum * WORLD  # of a step
         self.size = args.batch_size // self.parts
         self.permutation = functools.lru_cache(2)(self.shuffle)  # of an epoch and of the next
 
@@ -223,7 +231,7 @@ class ShuffledEpochs(torch.utils.data.Sampler):
         return np.random.default_rng([self.seed, epoch]).permutation(self.n)
 
     def __len__(self):
-        return (self.last - self.first) * self.accum
+        return (self.last - self.first) * self.parts // WORLD
 
     def __iter__(self):
         for part in range(self.first * self.parts + RANK, self.last * self.parts, WORLD):
@@ -245,8 +253,8 @@ def batches_of(images, args, first, last, device):
 def image_transform(preprocess, augment="none"):
     """PIL image -> uint8 (3, H, W): open_clip's transform but for its last two steps.
 
-    none: resize and centre crop; crop: RandomResizedCrop of 90-100% of the area, as wise-ft;
-    crop-flip: 8-100%, after a random flip, as Lipsum-FT. normalized() does the last two.
+    none: resize, centre crop; crop: RandomResizedCrop of 90-100% of the area, wise-ft's;
+    crop-flip: 8-100%, after a random flip, Lipsum-FT's. normalized() does the last two.
     """
     smallest = {"none": 1.0, "crop": 0.9, "crop-flip": 0.08}[augment]
     whole = image_transform_v2(preprocess, augment != "none", {"scale": (smallest, 1.0)})
@@ -263,9 +271,9 @@ def normalized(pixels, preprocess):
 
 
 def project(logits, classes):
-    """Logits (B, C) -> (B, C') in a test set's label space, before any softmax.
+    """Logits (B, C) -> (B, C') in a test set's label space: the largest of each label's ids.
 
-    classes (C', k): the ids of each label, of which the largest logit counts; None: no change.
+    classes (C', k): the ids; None: no change. Always before a softmax.
     """
     return logits if classes is None else logits[:, classes.to(logits.device)].amax(dim=-1)
 
@@ -281,7 +289,7 @@ def learning_rate(step, total, peak, warmup):
 
 
 def optimizer_step(runner, loss_fn, parts, optimizer, scaler, grad_clip):
-    """One step of AdamW on the Batches `parts`; returns mean losses {name: ()} on the device.
+    """One step of AdamW on the Batches `parts`; mean losses {name: ()}, left on the device.
 
     All of mixed precision but the autocast of the towers: losses are scaled (fp16 only),
     gradients unscaled before they are clipped, and a step that overflows is left out.
@@ -307,37 +315,31 @@ def optimizer_step(runner, loss_fn, parts, optimizer, scaler, grad_clip):
 def train(model, images, held_out, loss_fn, setup, out, predict=classify):
     """Train `model` in place and return it in eval mode; every step is logged to out/log.jsonl.
 
-    loss_fn(model, Batch) -> (loss (), {name: scalar}) is the method; it calls the `model` that it
-    is given, the compiled or distributed form of the argument. predict(model, images) -> logits
-    (B, C) is measured on the held-out images after every epoch; --keep best returns the weights
-    of the best. out/last.ckpt is written every --save-every minutes, at the end and when stopped;
-    if it is there, training goes on from it, on the same CPU bit for bit.
+    loss_fn(model, Batch) -> (loss (), {name: scalar}) is the method; its `model` is the compiled
+    or distributed form of the argument. predict(model, images) -> logits (B, C) is measured on
+    the held-out images after every epoch; --keep best returns the weights of the best. Training
+    goes on from out/last.ckpt if that is there, on the same CPU bit for bit.
     """
     args, device = setup.args, setup.device
     total = training_steps(args, len(images))
     runner = trainable(model, args, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd, fused=fused)
+    optimizer = torch.optim.AdamW(trained, weight_decay=args.wd, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=setup.amp == torch.float16)
-    stream = [total, args.batch_size, len(images)]
-    checkpoint = Checkpoint(out / "last.ckpt", model, optimizer, scaler, stream)
+    checkpoint = Checkpoint(out, model, optimizer, scaler, [total, args.batch_size, len(images)])
     first, best = checkpoint.load()
     batches = batches_of(images, args, first, total, device)
 
     model.train()
     with stop_signals() as stopped, TrainingLog(out, first, total, images, args) as log:
         for step in range(first, total):
-            lr = learning_rate(step, total, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = learning_rate(step, total, args.lr, args.warmup)
             try:
                 parts = [next(batches) for _ in range(args.accum)]
             except BrokenImage as error:
-                log.read_alone()
-                raise checkpoint.interrupted(error, step, best, setup.out) from None
+                raise interrupted(error, log, checkpoint, step, best, setup.out) from None
             losses = optimizer_step(runner, loss_fn, parts, optimizer, scaler, args.grad_clip)
-            log.add(step, losses, lr, parts)
+            log.add(step, losses, optimizer, parts)
 
             epoch = (step + 1) * args.batch_size // len(images)
             ended = epoch > step * args.batch_size // len(images) or step + 1 == total
@@ -345,7 +347,7 @@ def train(model, images, held_out, loss_fn, setup, out, predict=classify):
                 accuracy = held_out_accuracy(model, held_out, predict, setup)
                 log.held_out(epoch, accuracy)
                 if args.keep == "best" and accuracy > best.get("accuracy", -1):
-                    weights = on_cpu(model.state_dict())
+                    weights = {name: x.cpu().clone() for name, x in model.state_dict().items()}
                     best = {"accuracy": accuracy, "epoch": epoch, "model": weights}
             # Only here does the host wait for the device.
             if ended or log.due(step, stopped):
@@ -358,20 +360,17 @@ def train(model, images, held_out, loss_fn, setup, out, predict=classify):
     if best:
         model.load_state_dict(best["model"])
         say(f"{out.name}: epoch {best['epoch']} is kept, {best['accuracy']:.2f}% held out")
-    share_buffers(model)
-    return model.eval()
+    return share_buffers(model.eval())
 
 
 def held_out_accuracy(model, held_out, predict, setup):
     """Accuracy in percent on held-out training images, of the model in eval mode."""
-    share_buffers(model)
-    model.eval()
-
-    def right(x, labels):
-        return {"right": predict(model, x).argmax(1) == labels}
-    found = collect(right, held_out, setup)["right"]
+    def rows(images, project):
+        return {"model": predict(model, images)}
+    share_buffers(model.eval())
+    found = accuracies(rows, held_out, setup)["model"]
     model.train()
-    return 100 * found.double().mean().item()
+    return found
 
 
 # ---- Evaluation ----
@@ -380,7 +379,7 @@ def held_out_accuracy(model, held_out, predict, setup):
 def collect(function, images, setup):
     """{name: tensor (N, ...)} of function(x, labels) -> {name: tensor (B, ...)}, in order, on CPU.
 
-    Each image is read, decoded and moved once. Batches are dealt out to the ranks and put back.
+    Each image is read once. Batches are dealt out to the ranks and put back.
     """
     batches = torch.arange(len(images)).split(EVAL_BATCH)[RANK::WORLD]
     loader = image_loader(images, [b.tolist() for b in batches], setup.args, setup.device)
@@ -396,8 +395,8 @@ def collect(function, images, setup):
 def evaluate(rows, setup):
     """{row: {test: metrics}} over all test sets, each streamed once.
 
-    rows(images, project) -> {row name: logits or log-probabilities (B, C')}; project() brings
-    logits (B, C) into the test set's label space. each(models) makes such a function.
+    rows(images, project) -> {row: logits or log-probabilities (B, C')}; project() brings logits
+    (B, C) into the test set's label space. each(models) makes such a function.
     """
     results = {}
     for test, images in setup.data.tests.items():
@@ -412,6 +411,14 @@ def evaluate(rows, setup):
             own = Scores(*[found[row, field] for field in Scores._fields])
             results.setdefault(row, {})[test] = metrics(own, images)
     return results
+
+
+def accuracies(rows, images, setup):
+    """{row: accuracy in percent} on one ImageSet; rows() as for evaluate()."""
+    def right(x, labels):
+        return {row: z.argmax(1) == labels for row, z in rows(x, images.project).items()}
+    found = collect(right, images, setup)
+    return {row: 100 * right.double().mean().item() for row, right in found.items()}
 
 
 def each(models):
@@ -438,18 +445,17 @@ def image_scores(logits, labels):
 def log_mixture(logits_a, logits_b, weight):
     """log(w softmax(logits_a) + (1 - w) softmax(logits_b)), (B, C), exact; weight w: () or (B,)."""
     w = torch.as_tensor(weight, dtype=torch.double, device=logits_a.device).reshape(-1, 1)
-    log_a = torch.log_softmax(logits_a.double(), dim=1)
-    log_b = torch.log_softmax(logits_b.double(), dim=1)
-    return torch.logaddexp(w.log() + log_a, (1 - w).log() + log_b)
+    log_a = w.log() + torch.log_softmax(logits_a.double(), dim=1)
+    log_b = (1 - w).log() + torch.log_softmax(logits_b.double(), dim=1)
+    return torch.logaddexp(log_a, log_b)
 
 
 def choose(accuracy, weight, n, rule="one-se"):
     """Index of the candidate to take by accuracy (K,), in percent, on n held-out images.
 
-    Held-out images are in-distribution: their accuracy alone prefers the fine-tuned model.
-    one-se: of the candidates within one standard error of the best, sqrt(p (1 - p) / n), the
-    one whose mean weight (K,) of the fine-tuned model is nearest 0.5, WiSE-FT's advice when
-    nothing is known. best: the best accuracy, of equals the weight nearest 0.5.
+    one-se: of those within one standard error of the best, sqrt(p (1 - p) / n), the one whose
+    mean weight (K,) of the fine-tuned model is nearest 0.5, WiSE-FT's advice when nothing is
+    known: ID accuracy alone prefers the fine-tuned model. best: of the best, nearest 0.5.
     """
     p = max(accuracy) / 100
     margin = 100 * math.sqrt(p * (1 - p) / n) if rule == "one-se" else 0
@@ -472,11 +478,7 @@ def metrics(scores, images):
 
 
 def macro_f1(predicted, labels):
-    """Macro-F1 in [0, 1]: mean of F1_c = 2 TP / (2 TP + FP + FN) over the classes in labels (N,).
-
-    As WILDS computes it for iWildCam: a class without an image has no F1 of its own, but an
-    image that is wrongly given to it still counts as a miss of its own class.
-    """
+    """WILDS' macro-F1 in [0, 1]: mean of 2 TP / (2 TP + FP + FN) over the classes in labels (N,)."""
     f1 = []
     for c in labels.unique():
         true_positives = ((predicted == c) & (labels == c)).sum()
@@ -485,24 +487,21 @@ def macro_f1(predicted, labels):
 
 
 def worst_group_accuracy(correct, groups):
-    """Worst-group accuracy in [0, 1] over the groups in groups (N,), -1 is none; correct (N,).
-
-    As WILDS computes FMoW's worst region. NaN if no image has a group.
-    """
+    """Worst-group accuracy in [0, 1], WILDS' for FMoW; groups (N,), -1 is none; NaN if all are."""
     present = [g for g in groups.unique().tolist() if g >= 0]
     return min((correct[groups == g].double().mean().item() for g in present), default=math.nan)
 
 
 def expected_calibration_error(probs, labels, bins=15):
-    """ECE in [0, 1] of probabilities (N, C) and labels (N,); confidence is the largest of a row."""
+    """ECE in [0, 1] of probabilities (N, C); the confidence is the largest of a row."""
     confidence, predicted = probs.max(dim=1)
     return calibration_error(confidence, predicted == labels, bins)
 
 
 def calibration_error(confidence, correct, bins=15):
-    """Sum over bins of confidence of (share of images) |accuracy - mean confidence|.
+    """Guo et al. 2017, Eq. (3): sum over bins of (share of images) |accuracy - mean confidence|.
 
-    Guo et al. 2017, Eq. (3). Bin b of 1..bins holds confidences in ((b-1)/bins, b/bins].
+    Bin b of 1..bins holds confidences in ((b-1)/bins, b/bins].
     """
     which = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     gaps = correct.double() - confidence.double()
@@ -614,6 +613,7 @@ def share_buffers(model):
     """BatchNorm's statistics are of each rank's own images: all take those of rank 0."""
     for buffer in model.buffers() if WORLD > 1 else []:
         dist.broadcast(buffer, 0)
+    return model
 
 
 def image_loader(images, batches, args, device):
@@ -653,8 +653,8 @@ class Checkpoint:
     stream: [steps, images a step, training images]; a run goes on only with the same.
     """
 
-    def __init__(self, path, model, optimizer, scaler, stream):
-        self.path, self.stream, self.saved = path, stream, time.time()
+    def __init__(self, out, model, optimizer, scaler, stream):
+        self.path, self.stream, self.saved = out / "last.ckpt", stream, time.time()
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
 
     def due(self, minutes):
@@ -694,16 +694,14 @@ class Checkpoint:
             raise Fail(f"{self.path}: not a checkpoint of this model "
                        f"({first_line(error)})") from None
 
-    def interrupted(self, error, step, best, run):
-        """The Fail for a broken image; what was trained is saved first."""
-        if WORLD == 1:  # other ranks are not at this point: they keep their last checkpoint
-            self.save(step, best)
-        return Fail(f"{error}; repair it, or put another image of its class in its place, then "
-                    f"--resume {run}")
 
-
-def on_cpu(state):
-    return {name: value.detach().cpu().clone() for name, value in state.items()}
+def interrupted(error, log, checkpoint, step, best, run):
+    """The Fail for a broken image; what was trained is saved first."""
+    if WORLD == 1:  # other ranks are not at this point: they keep their last checkpoint
+        log.read()
+        checkpoint.save(step, best)
+    return Fail(f"{error}; repair it, or put another image of its class in its place, then "
+                f"--resume {run}")
 
 
 class TrainingLog:
@@ -713,10 +711,10 @@ class TrainingLog:
     """
 
     def __init__(self, out, first, total, images, args):
-        self.out, self.first, self.total = out, first, total
-        self.images, self.args, self.rate = images, args, 0.0
-        self.unread = []  # (line without losses, {name: ()}, indices) of steps since read()
-        self.window = self.shown = self.added = time.time()
+        self.out, self.first, self.total, self.images, self.args = out, first, total, images, args
+        self.unread = []  # (line without losses, {name: ()}, indices) of the steps since read()
+        self.rate, self.since = 0.0, time.time()  # images/s, counted from this moment
+        self.shown = self.added = self.since
 
     def __enter__(self):
         self.file = open_log(self.out / "log.jsonl", self.first)
@@ -733,57 +731,50 @@ class TrainingLog:
             say(f"{self.out.name}: {self.total} steps, {self.rate:.1f} images/s, peak memory "
                 f"{peak_memory():.2f} GiB")
 
-    def add(self, step, losses, lr, parts):
-        index = torch.cat([batch.index for batch in parts])
-        self.unread.append(({"step": step, "lr": lr}, losses, index))
+    def add(self, step, losses, optimizer, parts):
+        line = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
+        self.unread.append((line, losses, torch.cat([batch.index for batch in parts])))
         self.added = time.time()
         self.bar.update()
 
     def held_out(self, epoch, accuracy):
         """Accuracy after an epoch, in the line of its last step."""
         self.unread[-1][0].update(epoch=epoch, held_out_acc=accuracy)
-        self.window += time.time() - self.added  # images/s are of training alone
+        self.since += time.time() - self.added  # images/s are of training alone
         if RANK == 0:
             self.bar.write(f"{self.out.name}: epoch {epoch}, {accuracy:.2f}% of the held-out "
                            "images are right", file=sys.stderr)
 
     def due(self, step, stopped):
         """Whether to read() now: at steps that all ranks know, and alone when something waits."""
-        waits = stopped() or time.time() - self.window >= 60 * min(1, self.args.save_every)
+        waits = stopped() or time.time() - self.since >= 60 * min(1, self.args.save_every)
         return (step + 1) % READ_EVERY == 0 or (WORLD == 1 and waits)
-
-    def read_alone(self):
-        """read() where other ranks do not take part."""
-        if WORLD == 1:
-            self.read()
 
     def read(self, stopped=lambda: False):
         """Write the lines of unread steps; Fail on a loss that is not finite. Whether to stop."""
         stop = torch.tensor(float(stopped()))
         if not self.unread:
             return bool(stop)
-        rows = [torch.stack([value.float() for value in losses.values()])
-                for _, losses, _ in self.unread]
-        values = torch.stack(rows)
+        rows = [torch.stack(list(losses.values())) for _, losses, _ in self.unread]
+        values = torch.stack(rows).float()
         if WORLD > 1:
             stop = stop.to(values.device)
             dist.all_reduce(values)
             dist.all_reduce(stop)
-        now = time.time()
-        self.rate = self.args.batch_size * len(self.unread) / (now - self.window)
-        for row, (line, losses, index) in zip(values.tolist(), self.unread):
-            line |= {name: value / WORLD for name, value in zip(losses, row)}
-            self.file.write(json.dumps({**line, "images_per_s": round(self.rate, 1)}) + "\n")
+        self.rate = self.args.batch_size * len(self.unread) / (time.time() - self.since)
+        for row, (line, losses, index) in zip((values / WORLD).tolist(), self.unread):
+            line.update(zip(losses, row), images_per_s=round(self.rate, 1))
+            self.file.write(json.dumps(line) + "\n")
             if not math.isfinite(line["loss"]):
                 self.stop_at(line, index)
         self.file.flush()
-        self.unread, self.window = [], now
-        if self.bar.disable and now - self.shown >= 60:
+        self.unread, self.since = [], time.time()
+        if self.bar.disable and self.since - self.shown >= 60:
+            self.shown = self.since
             left = (self.total - line["step"] - 1) * self.args.batch_size / self.rate
             say(f"{self.out.name}: step {line['step'] + 1} of {self.total}, loss "
                 f"{line['loss']:.4f}, {self.rate:.1f} images/s, {left / 60:.0f} minutes left",
                 file=sys.stderr)
-            self.shown = now
         return bool(stop)
 
     def stop_at(self, line, index):
@@ -1067,17 +1058,19 @@ def load_finetuned(setup):
     model (both: the head is made by its own text tower), or one of wise-ft's ImageClassifier.
     """
     path, head_0 = Path(setup.args.finetuned), setup.head
+    weights = finetuned_weights(setup)
     if (path / "head.safetensors").is_file():
         tensors, about = load_tensors(path / "head.safetensors")
         if about["classnames"] != setup.data.classnames:
             raise Fail(f"--finetuned {path}: its head has the classes {about['classnames'][:3]}"
                        f"..., the data has {setup.data.classnames[:3]}...")
         head_0 = tensors.get("head_0", setup.head).to(setup.device)  # of prompts of its own
-        weights = load_tensors(path / "open_clip_model.safetensors")[0]
         head = {name: tensors[name] for name in HEAD if name in tensors}
+    elif "classification_head.weight" in weights:  # wise-ft's, folded
+        head = {"head": weights["classification_head.weight"], "scale": torch.tensor(1.0),
+                "bias": weights["classification_head.bias"]}
     else:
-        weights = foreign_weights(path, setup)
-        head = foreign_head(weights, setup)
+        head = own_head(weights, setup)
     theta_0 = setup.classifier("bias" in head, head_0)
     theta_1 = copy.deepcopy(theta_0)
     visual = {name: value for name, value in weights.items() if name.startswith("visual.")}
@@ -1095,8 +1088,9 @@ def load_weights(model, weights, args, strict=True):
                    "give its --model") from None
 
 
-def foreign_weights(path, setup):
-    """State dict by open_clip's names of an open_clip folder, a CLIP's or a wise-ft state dict."""
+def finetuned_weights(setup):
+    """State dict of --finetuned by open_clip's names."""
+    path = Path(setup.args.finetuned)
     try:
         if path.is_dir():
             return open_clip.create_model(f"local-dir:{path}").state_dict()
@@ -1112,11 +1106,8 @@ def foreign_weights(path, setup):
                    "'MODEL.pt', weights_only=False).state_dict(), 'STATE.pt')") from None
 
 
-def foreign_head(weights, setup):
-    """{head, scale[, bias]}: wise-ft's own (folded), or that of the model's text tower (unit)."""
-    if "classification_head.weight" in weights:
-        return {"head": weights["classification_head.weight"], "scale": torch.tensor(1.0),
-                "bias": weights["classification_head.bias"]}
+def own_head(weights, setup):
+    """{head, scale}: the head that the text tower of these weights makes, with unit rows."""
     tuned, data = copy.deepcopy(setup.clip), setup.data
     known = tuned.state_dict().keys() & weights.keys()
     load_weights(tuned, {name: weights[name] for name in known}, setup.args, strict=False)
@@ -1183,6 +1174,11 @@ def predict(args):
 
 # ---- Tables and figures ----
 
+def plane(results, measure):
+    """{row: (ID, OOD)} of {row: {test: metrics}}."""
+    return {row: id_ood(tests, measure) for row, tests in results.items()}
+
+
 def id_ood(tests, measure):
     """(ID, mean of the shifts or None) of a row's {test: metrics}; measure: {test: its metric}."""
     in_distribution, *shifts = [tests[test][metric] for test, metric in measure.items()]
@@ -1242,21 +1238,21 @@ def pyplot():
     return plt
 
 
-def plot_plane(points, lines, measure, path):
-    """ID against OOD: {name: (ID, OOD)} as markers, {name: [(ID, OOD)]} as lines."""
+def plot_plane(results, setup, lines=None, name="plane.png"):
+    """ID against OOD: {row: {test: metrics}} as markers, {name: [(ID, OOD)]} as lines."""
     plt = pyplot()
-    if plt is None or len(measure) < 2:
+    if plt is None or len(setup.measure) < 2:
         return
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    for name, values in lines.items():
-        ax.plot(*zip(*values), "-o", markersize=4, label=name)
-    for (name, value), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
-        ax.plot(*value, marker, markersize=10, linestyle="none", label=name)
-    ax.set(xlabel=f"{next(iter(measure))} (ID), %",
-           ylabel=f"mean of {len(measure) - 1} shifts (OOD), %")
+    for label, points in (lines or {}).items():
+        ax.plot(*zip(*points), "-o", markersize=4, label=label)
+    for (label, point), marker in zip(plane(results, setup.measure).items(), "PXs*D^v<>hpd" * 3):
+        ax.plot(*point, marker, markersize=10, linestyle="none", label=label)
+    ax.set(xlabel=f"{next(iter(setup.measure))} (ID), %",
+           ylabel=f"mean of {len(setup.measure) - 1} shifts (OOD), %")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(setup.out / name, dpi=150)
     plt.close(figure)
 
 
@@ -2085,14 +2081,18 @@ def parser(doc):
 
 
 FREE = {"resume", "workers", "save_every", "device"}  # on --resume; only --device moves digits
-INHERITED = ["data", "data_dir", "model", "pretrained", "pretrain_seed", "holdout", "limit",
-             "shots", "seed", "descriptions", "prompt"]
+# Flags that --finetuned brings from its run, and what a given flag must not make different
+INHERITED = {"data_dir": None, "data": "held-out images", "holdout": "held-out images",
+             "limit": "held-out images", "shots": "held-out images", "seed": None,
+             "model": "the zero-shot model", "pretrained": "the zero-shot model",
+             "pretrain_seed": "the zero-shot model"}
 
 
-def parse(p, method, recipes, variants=None, argv=None):
+def parse(p, method, recipes, variants=None, inherit=(), argv=None):
     """Flags: those given, over those of --resume or --finetuned, the recipe and the defaults.
 
     variants: {(flag, value): recipe}, what replaces a part of the recipe where a flag has it.
+    inherit: flags of the method alone that --finetuned brings from a run of the same method.
     """
     given = absolute_paths(p.parse(argv, recipes))
     if "steps" in given and "epochs" in given:
@@ -2101,7 +2101,7 @@ def parse(p, method, recipes, variants=None, argv=None):
     if "resume" in given:
         base = resumed(given, method)
     elif "finetuned" in given and "predict" not in given:
-        base = inherited(given, p.defaults)
+        base = inherited(given, method, inherit)
     if "predict" in given and "finetuned" not in given:
         raise Fail(f"--predict {given['predict']}: needs a finished run, as --finetuned RUN")
     data = {**p.defaults, **base, **given}["data"]
@@ -2149,7 +2149,7 @@ def resumed(given, method):
     return run
 
 
-def inherited(given, defaults):
+def inherited(given, method, inherit):
     """Flags on data and zero-shot model of --finetuned's run; of another model, none."""
     path = Path(given["finetuned"])
     if not path.exists():
@@ -2161,18 +2161,16 @@ def inherited(given, defaults):
         raise Fail(f"--finetuned {path}: no model there (head.safetensors): the run is not "
                    "finished, or keeps its models in the subfolders zero-shot and fine-tuned")
     run = read_json(path / "args.json", "a finished run for --finetuned")
-    base = {key: run[key] for key in INHERITED if key in run and key in defaults}
-    same = dict.fromkeys(("data", "holdout", "limit", "shots"), "held-out images")
-    same |= dict.fromkeys(("model", "pretrained", "pretrain_seed"), "the zero-shot model")
-    if given.get("model", "").startswith("local-dir:"):
-        del same["model"]  # the folder may have moved
-    if base.get("shots"):
-        same["seed"] = "the --shots images"
-    for key in same.keys() & given.keys() & base.keys():
-        if given[key] != base[key]:
+    own = inherit if run.get("method") == method else ()
+    for key, same in INHERITED.items():
+        if key == "seed" and run.get("shots"):
+            same = "the --shots images"
+        if key == "model" and given.get("model", "").startswith("local-dir:"):
+            same = None  # the folder may have moved
+        if same and key in given and given[key] != run.get(key, given[key]):
             raise Fail(f"{flag(key)} {given[key]}: the run --finetuned {path} was trained with "
-                       f"{base[key]}; {same[key]} must be the same")
-    return base
+                       f"{run[key]}; {same} must be the same")
+    return {key: run[key] for key in [*INHERITED, *own] if key in run}
 
 
 def flag(key):

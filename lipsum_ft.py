@@ -31,7 +31,6 @@ Expected result: README.md, "Results"; ImageNet with ViT-B/16 in the authors' lo
     V2 73.6, R 75.9, A 49.9, Sketch 51.5.
 """
 import argparse
-import copy
 from pathlib import Path
 
 import torch
@@ -39,11 +38,12 @@ import torch.nn.functional as F
 
 import common
 
-# ------------------------------------------------------ Args ------------------------------------------------------
+# ---------------------------------------- Args ----------------------------------------
 
-PAPER = dict(batch_size=256, lr=1e-5, wd=0.0, warmup=0.1, grad_clip=0.0, augment="crop-flip")  # official scripts/
+PAPER = dict(batch_size=256, lr=1e-5, wd=0.0, warmup=0.1, grad_clip=0.0,  # official scripts/
+             augment="crop-flip")
 RECIPES = {
-    "shapes": dict(model="shapes-clip", epochs=10, batch_size=64, lr=6e-4, wd=0.1, warmup=0.1, grad_clip=0.0,
+    "shapes": dict(PAPER, model="shapes-clip", epochs=10, batch_size=64, lr=6e-4, wd=0.1,
                    augment="none", baseline=True),
     "folder": dict(PAPER, epochs=10, batch_size=64),
     "imagenet": dict(PAPER, steps=50_000, holdout=0.02),
@@ -56,70 +56,87 @@ RECIPES = {
 
 def get_args():
     p = common.parser(__doc__)
-    p.add("--lam", 1.0, "lambda, weight of the regulariser (official code: 1); 0 is plain fine-tuning",
-          type=common.limited(low=0))
-    p.add("--texts", 80, "M, random texts a step (official code: 80)", type=common.limited(int, 1))
-    p.add("--text-length", 8, "L, random tokens a text (official code: 8)", type=common.limited(int, 1))
-    p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha Lipsum-FT weights, as WiSE-FT does",
-          type=common.limited(low=0, high=1))
+    p.add("--lam", 1.0, "lambda, weight of the regulariser (official code: 1); 0 is plain "
+          "fine-tuning", type=common.limited(low=0))
+    p.add("--texts", 80, "M, random texts a step (official code: 80)",
+          type=common.limited(int, 1))
+    p.add("--text-length", 8, "L, random tokens a text (official code: 8)",
+          type=common.limited(int, 1))
+    p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha Lipsum-FT "
+          "weights, as WiSE-FT does", type=common.limited(low=0, high=1))
     p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
     p.add("--baseline", False, "also train without the regulariser; on for shapes",
           action=argparse.BooleanOptionalAction)
     return common.parse(p, "lipsum_ft", RECIPES)
 
 
-# ---------------------------------------------------- Equations ----------------------------------------------------
+# ------------------------------------- Equations -------------------------------------
 
 def random_tokens(m, length, sot, eot, generator=None):
-    """m random texts [SOT, `length` ids uniform below SOT, EOT]: (m, length + 2) int64. Official code.
+    """m random texts [SOT, `length` ids uniform below SOT, EOT]: (m, length + 2) int64.
 
-    Source: scripts/Lipsum-FT.py, step_trn. sot, eot: the tokenizer's ids (49406, 49407 for CLIP).
+    Source: official code, scripts/Lipsum-FT.py, step_trn. sot, eot: the tokenizer's ids (49406
+    and 49407 for CLIP).
     """
     ids = torch.randint(0, sot, (m, length), generator=generator)
     return torch.cat([torch.full((m, 1), sot), ids, torch.full((m, 1), eot)], dim=1)
 
 
 def energy_gap(v, v0):
-    """Eq. (6): mean over images and texts of (v - v0)^2; v, v0 (B, M) inner products <G(t_m), F(x_b)>. In fp32."""
+    """Eq. (6): mean over images and texts of (v - v0)^2, fp32.
+
+    v, v0 (B, M): inner products <G(t_m), F(x_b)> of the trained and of the zero-shot tower.
+    """
     return (v.float() - v0.float()).square().mean()
 
 
 def lipsum_regularizer(v, v0):
-    """Eq. (7), (8): R = 1/(2M) ||v - v0||_2^2, mean over the batch; v, v0 (B, M). Half the energy gap of the same v.
+    """Eq. (7), (8): R = 1/(2M) ||v - v0||_2^2, mean over the batch; v, v0 (B, M).
 
-    Source: official scripts/Lipsum-FT.py, step_trn. In fp32 whatever it is given: s^2 overflows fp16.
+    Half the energy gap of the same v. Source: official code, scripts/Lipsum-FT.py, step_trn. In
+    fp32 whatever it is given: s^2 overflows fp16.
     """
     v, v0, M = v.float(), v0.float(), v.shape[1]
     return (v - v0).square().sum(dim=1).mean() / (2 * M)
 
 
-# ------------------------------------------------------ Loss ------------------------------------------------------
+# ---------------------------------------- Loss ----------------------------------------
 
 def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed, features_0=None):
-    """loss_fn(model, batch) -> cross-entropy + lam R, and its parts. zero_shot: ImageClassifier with theta_0.
+    """loss_fn(model, batch) -> cross-entropy + lam R, and its parts.
 
-    features_0 (N, D): F_theta0(x) of all training images, looked up by index; None computes them for every batch.
+    zero_shot: the ImageClassifier with theta_0. features_0 (N, D): F_theta0(x) of all training
+    images, looked up by index; None computes it for every batch.
     """
-    s, device = zero_shot.scale, zero_shot.head.device
+    s, device, amp = zero_shot.scale, zero_shot.head.device, zero_shot.amp
+    sot, eot = tokenizer.sot_token_id, tokenizer.eot_token_id
+
+    def random_text_features(step):
+        """G(t) (M, D) of the step's texts, equal on all ranks and after a resume."""
+        generator = torch.Generator().manual_seed(hash((seed, step)) & 0xFFFFFFFF)
+        t = random_tokens(texts, text_length, sot, eot, generator)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            return common.encode_texts(clip_model, t.to(device))
 
     def loss_fn(model, batch):
-        logits, features = model(batch.images)                               # (B, C), (B, D)
+        logits, features = model(batch.images)                # (B, C), (B, D)
         ce = F.cross_entropy(logits, batch.labels)
         if lam == 0:
             return ce, {"ce": ce}
-        with torch.no_grad(), torch.autocast(device.type, zero_shot.amp, enabled=zero_shot.amp is not None):
-            rng = torch.Generator().manual_seed(hash((seed, batch.step)) & 0xFFFFFFFF)  # equal on all ranks
-            t = random_tokens(texts, text_length, tokenizer.sot_token_id, tokenizer.eot_token_id, rng)
-            g = common.encode_texts(clip_model, t.to(device))                # G(t) (M, D)
-            f0 = zero_shot(batch.images)[1] if features_0 is None else features_0[batch.index].to(device)  # (B, D)
-        v, v0 = s * features @ g.T, s * f0 @ g.T                             # times s: deviation 1; (B, M)
+        with torch.no_grad():
+            g = random_text_features(batch.step)              # (M, D)
+            if features_0 is None:
+                f0 = zero_shot(batch.images)[1]               # (B, D)
+            else:
+                f0 = features_0[batch.index].to(device)
+        v, v0 = s * features @ g.T, s * f0 @ g.T              # (B, M); times s: deviation 1
         r = lipsum_regularizer(v, v0)
         return ce + lam * r, {"ce": ce, "lipsum": r}
 
     return loss_fn
 
 
-# ------------------------------------------------------ main ------------------------------------------------------
+# ---------------------------------------- main ----------------------------------------
 
 def check_texts(setup):
     """The tokenizer and the text tower can make and take the random texts."""
@@ -128,7 +145,8 @@ def check_texts(setup):
         t = random_tokens(1, args.text_length, tokenizer.sot_token_id, tokenizer.eot_token_id)
         common.encode_texts(setup.clip, t.to(setup.device))
     except (ValueError, AttributeError) as error:
-        raise common.Fail(f"--text-length {args.text_length} with --model {args.model}: {error}") from None
+        raise common.Fail(f"--text-length {args.text_length} with --model {args.model}: "
+                          f"{error}") from None
 
 
 def fine_tune(setup, zero_shot, lam, out):
@@ -138,7 +156,8 @@ def fine_tune(setup, zero_shot, lam, out):
         features_0 = common.features_once(zero_shot, setup.data.train, setup, setup.out)
     if args.compile:
         teacher = torch.compile(zero_shot)
-    loss_fn = make_loss(setup.clip, teacher, setup.tokenizer, lam, args.texts, args.text_length, args.seed, features_0)
+    loss_fn = make_loss(setup.clip, teacher, setup.tokenizer, lam, args.texts, args.text_length,
+                        args.seed, features_0)
     model = setup.classifier()
     model.head.requires_grad_(args.freeze != "head")
     setup.fit(model, loss_fn, out)
@@ -147,22 +166,11 @@ def fine_tune(setup, zero_shot, lam, out):
 
 
 def row_of(run):
-    """The name of --finetuned's row: "Lipsum-FT" for the model of such a run, not for its baseline."""
+    """The name of --finetuned's row: "Lipsum-FT" for the model of such a run."""
     path = Path(run) / "args.json"
     about = common.read_json(path, "a finished run") if path.is_file() else {}
-    regularised = about.get("method") == "lipsum_ft" and about["lam"] > 0 and "part_of" not in about
-    return "Lipsum-FT" if regularised else "fine-tuned"
-
-
-def average(zero_shot, tuned, alpha):
-    """WiSE-FT afterwards: the model with weights (1 - alpha) theta_0 + alpha theta."""
-    theta_0, theta = zero_shot.state_dict(), tuned.state_dict()
-    for name, value in theta.items():
-        if value.is_floating_point():
-            theta[name] = (1 - alpha) * theta_0[name] + alpha * value
-    model = copy.deepcopy(tuned)
-    model.load_state_dict(theta)
-    return model
+    own = about.get("method") == "lipsum_ft" and "part_of" not in about  # not its baseline
+    return "Lipsum-FT" if own and about["lam"] > 0 else "fine-tuned"
 
 
 def main():
@@ -177,18 +185,19 @@ def main():
         setup.out = common.run_folder(args)
     else:
         setup.out = common.run_folder(args)
-        models["zero-shot"] = setup.classifier(own_tower=False)  # the frozen teacher needs no tower of its own
+        zero_shot = setup.classifier(own_tower=False)  # the frozen teacher
+        models["zero-shot"] = zero_shot
         common.evaluate_first(common.each(models), setup)
         if args.baseline and args.lam:
-            models["fine-tuned"] = fine_tune(setup, models["zero-shot"], 0, setup.out / "fine-tuned")
+            models["fine-tuned"] = fine_tune(setup, zero_shot, 0, setup.out / "fine-tuned")
         name = "Lipsum-FT" if args.lam else "fine-tuned"
-        models[name] = fine_tune(setup, models["zero-shot"], args.lam, setup.out)
+        models[name] = fine_tune(setup, zero_shot, args.lam, setup.out)
     if args.alpha:
         name, tuned = list(models.items())[-1]
-        models[f"{name} + WiSE {args.alpha:g}"] = average(models["zero-shot"], tuned, args.alpha)
+        average = common.average(models["zero-shot"], tuned, args.alpha)
+        models[f"{name} + WiSE {args.alpha:g}"] = average
     results = common.evaluate(common.each(models), setup)
-    points = {name: common.id_ood(tests, setup.measure) for name, tests in results.items()}
-    common.plot_plane(points, {}, setup.measure, setup.out / "plane.png")
+    common.plot_plane(results, setup)
     common.finish(setup, results)
 
 

@@ -51,12 +51,13 @@ import torch.nn.functional as F
 
 import common
 
-# ------------------------------------------------------ Args ------------------------------------------------------
+# ---------------------------------------- Args ----------------------------------------
 
-PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0, augment="crop", sweep=True,
-             k_rule="code")
+PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0,
+             augment="crop", sweep=True, k_rule="code")
 RECIPES = {
-    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none", k_rule="paper"),
+    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1,
+                   augment="none", k_rule="paper"),
     "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1, k_rule="paper"),
     "imagenet": dict(PAPER, holdout=0.02, sweep=False),
     "cifar10": PAPER,
@@ -70,79 +71,92 @@ ALPHAS = [round(0.1 * i, 1) for i in range(11)]  # of OSE and WSE, as in the pap
 def get_args():
     switch = argparse.BooleanOptionalAction
     p = common.parser(__doc__)
-    p.add("--distance", "squared", "squared as the code, l2 as the paper", choices=["squared", "l2"])
-    p.add("--k-rule", common.RECIPE, "k = round(1000 |V| / |train|) as the code, floor(0.1% |V|) as the paper",
-          choices=["code", "paper"])
+    p.add("--distance", "squared", "squared as the code, l2 as the paper",
+          choices=["squared", "l2"])
+    p.add("--k-rule", common.RECIPE, "k = round(1000 |V| / |train|) as the code, floor(0.1% |V|) "
+          "as the paper", choices=["code", "paper"])
     p.add("--k", 0, "k itself; 0 follows --k-rule", type=common.limited(int, 0))
     p.add("--a", 1.5, "distance at which both models count the same, without --sweep (paper: 1.5)",
           type=common.limited(above=0))
-    p.add("--b", 0.6, "width of the change, without --sweep (paper: 0.6)", type=common.limited(above=0))
+    p.add("--b", 0.6, "width of the change, without --sweep (paper: 0.6)",
+          type=common.limited(above=0))
     p.add("--sweep", common.RECIPE, "choose a and b on held-out images", action=switch)
-    p.add("--choose", "one-se", "alpha, a and b: within one standard error of the best held-out accuracy the mean weight "
-          "nearest 0.5, or the best accuracy as the paper", choices=["one-se", "best"])
+    p.add("--choose", "one-se", "alpha, a and b: within one standard error of the best held-out "
+          "accuracy the mean weight nearest 0.5, or the best accuracy as the paper",
+          choices=["one-se", "best"])
     p.add("--calibrate", True, "temperatures at which confidence equals accuracy", action=switch)
     p.add("--space", "probabilities", "what is averaged; logits is the paper's Section 5.3",
           choices=["probabilities", "logits"])
     p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
-    p.add("--select-on-test", False, "calibrate and sweep on the ID test set, as the released code does", action=switch)
+    p.add("--select-on-test", False, "calibrate and sweep on the ID test set, as the released "
+          "code does", action=switch)
     return common.parse(p, "vrf", RECIPES)
 
 
-# ---------------------------------------------------- Equations ----------------------------------------------------
+# ------------------------------------- Equations -------------------------------------
 
 def weight_ensemble(theta_zs, theta_ft, alpha):
-    """Eq. (2): (1 - alpha) theta_zs + alpha theta_ft of two state dicts; integer entries are theta_ft's.
+    """Eq. (2): (1 - alpha) theta_zs + alpha theta_ft of two state dicts.
 
-    Source: released code, src/models/modeling.py. For 0 < alpha < 1 equal to WiSE-FT's Eq. (1).
+    Integer entries are theta_ft's. Source: released code, src/models/modeling.py. For
+    0 < alpha < 1 equal to WiSE-FT's Eq. (1).
     """
-    found = dict(theta_ft)
+    theta = dict(theta_ft)
     for name, value in theta_ft.items():
         if value.is_floating_point():
-            found[name] = (1 - alpha) * theta_zs[name] + alpha * value
-    return found
+            theta[name] = (1 - alpha) * theta_zs[name] + alpha * value
+    return theta
 
 
 def zero_shot_failures(logits_zs, logits_ft, labels):
-    """Eq. (3): (N,) bool, images that the fine-tuned model gets right and the zero-shot model wrong; logits (N, C)."""
+    """Eq. (3): (N,) bool, images that are right fine-tuned and wrong zero-shot; logits (N, C)."""
     return (logits_ft.argmax(1) == labels) & (logits_zs.argmax(1) != labels)
 
 
 def neighbours(failures, images, rule="code"):
-    """k of a bank with |V| = failures among |train| = images: code: round(1000 |V| / |train|); paper: floor(0.1% |V|);
-    kept within [1, |V|]."""
+    """k of a bank with |V| = failures among |train| = images, kept within [1, |V|].
+
+    code: round(1000 |V| / |train|); paper: floor(0.1% |V|).
+    """
     k = round(failures / max(images, 1) * 1000) if rule == "code" else failures // 1000
     return max(1, min(k, failures))
 
 
 @torch.no_grad()
 def knn_distance(queries, bank, k, squared=True, chunk=None):
-    """Eq. (4): distance of queries (Q, D) to their k-th nearest row of bank (N, D), exact: (Q,).
+    """Eq. (4): distance of queries (Q, D) to their k-th nearest row of bank (N, D): (Q,).
 
-    squared: as faiss IndexFlatL2 and the released code; else the paper's L2 norm. `chunk` queries at a time; by
-    default as many as fit 2^26 distances (256 MB). ValueError unless 1 <= k <= N.
+    squared: as faiss IndexFlatL2 and the released code; else the paper's L2 norm. `chunk` queries
+    at a time; by default as many as fit 2^26 distances (256 MB). Rows are ranked in the precision
+    that is given: in fp32, of rows whose d^2 differs by less than about 1e-6 either may count as
+    the k-th. ValueError unless 1 <= k <= N.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} is not within 1 and the {len(bank)} rows of the bank")
-    norms, found, chunk = bank.square().sum(1), [], chunk or max(1, 2**26 // len(bank))
-    buffer = queries.new_empty(min(chunk, len(queries)), len(bank))  # one for all chunks: fresh pages are slow
+    chunk = chunk or max(1, 2**26 // len(bank))
+    norms, found = bank.square().sum(1), []
+    # One buffer for all chunks: fresh pages are slow.
+    buffer = queries.new_empty(min(chunk, len(queries)), len(bank))
     for q in queries.split(chunk):
-        order = torch.addmm(norms, q, bank.T, alpha=-2, out=buffer[:len(q)])  # |b|^2 - 2 q.b = d^2 - |q|^2 ranks a row
-        kth = bank[order.topk(k, largest=False).indices[:, -1]]
-        found.append((q - kth).square().sum(1))               # not from `order`: that difference would cancel
+        # |b|^2 - 2 q.b = d^2 - |q|^2 ranks a row as d does; as a distance it would cancel.
+        rank = torch.addmm(norms, q, bank.T, alpha=-2, out=buffer[:len(q)])
+        kth = bank[rank.topk(k, largest=False).indices[:, -1]]
+        found.append((q - kth).square().sum(1))
     d = torch.cat(found) if found else queries.new_zeros(0)
     return d if squared else d.sqrt()
 
 
 def ft_weight(d, a=1.5, b=0.6):
-    """Eq. (6): omega = sigmoid(-(d - a) / b), (Q,) in (0, 1), the weight of the fine-tuned model at distance d (Q,)."""
+    """Eq. (6): omega = sigmoid(-(d - a) / b), (Q,), the fine-tuned model's weight at d (Q,)."""
     return torch.sigmoid(-(d - a) / b)
 
 
 def calibration_temperature(logits, labels, low=1e-3, high=1e3):
-    """T at which the mean confidence of softmax(logits / T) equals the accuracy; logits (N, C), labels (N,).
+    """T at which the mean confidence of softmax(logits / T) equals the accuracy.
 
-    Source: released code, models/calibration.py. Confidence falls as T grows, so this bisects log T; an accuracy
-    that no T in [low, high] reaches (1, or at most 1/C) gives that end of the bracket.
+    logits (N, C), labels (N,). Source: released code, models/calibration.py. Confidence falls as
+    T grows, so this bisects log T; an accuracy that no T in [low, high] reaches (1, or at most
+    1/C) gives that end of the bracket.
     """
     z = logits.double()
     accuracy = (z.argmax(1) == labels).double().mean()
@@ -156,10 +170,10 @@ def calibration_temperature(logits, labels, low=1e-3, high=1e3):
 
 
 def ensemble(logits_zs, logits_ft, weight, t_zs=1.0, t_ft=1.0, space="probabilities"):
-    """Eq. (5): weight p_ft + (1 - weight) p_zs, probabilities (N, C); weight (N,), or a number as in Eq. (1).
+    """Eq. (5): weight p_ft + (1 - weight) p_zs, (N, C); weight (N,), or a number for Eq. (1).
 
-    p = softmax(logits / T), with logits already in the test set's label space. space="logits" averages logits / T
-    and then takes the softmax (paper, Section 5.3).
+    p = softmax(logits / T), with logits already in the test set's label space. space="logits"
+    averages logits / T and then takes the softmax (paper, Section 5.3).
     """
     w = torch.as_tensor(weight, dtype=logits_zs.dtype, device=logits_zs.device).reshape(-1, 1)
     if space == "logits":
@@ -167,7 +181,7 @@ def ensemble(logits_zs, logits_ft, weight, t_zs=1.0, t_ft=1.0, space="probabilit
     return w * (logits_ft / t_ft).softmax(dim=1) + (1 - w) * (logits_zs / t_zs).softmax(dim=1)
 
 
-# ---------------------------------------------------- Inference ----------------------------------------------------
+# ------------------------------------- Inference -------------------------------------
 
 class Outputs(NamedTuple):
     """What the ensembles need of N images."""
@@ -179,23 +193,25 @@ class Outputs(NamedTuple):
 
 
 def failures_of(zero_shot, fine_tuned, setup, folder):
-    """V (|V|, D): unit features of the zero-shot failures among the un-augmented training images."""
+    """V (|V|, D): unit features of the zero-shot failures among un-augmented training images."""
     def outputs(images, labels):
         logits_ft, v = fine_tuned(images)
         return {"failure": zero_shot_failures(zero_shot(images)[0], logits_ft, labels), "v": v}
-    seen = common.collect_once(outputs, [zero_shot, fine_tuned], setup.data.train, setup, folder)
+    models = [zero_shot, fine_tuned]
+    seen = common.collect_once(outputs, models, setup.data.train, setup, folder)
     return seen["v"][seen["failure"]]
 
 
 def outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder):
-    """Outputs of an ImageSet, on the GPU if there is one; all but the distance is computed once for these two models."""
+    """Outputs of an ImageSet; all but the distance is computed once for these two models."""
     def outputs(x, labels):
         logits_ft, v = fine_tuned(x)
-        return {"logits_zs": images.project(zero_shot(x)[0]), "logits_ft": images.project(logits_ft), "v": v}
+        return {"logits_zs": images.project(zero_shot(x)[0]),
+                "logits_ft": images.project(logits_ft), "v": v}
     found = common.collect_once(outputs, [zero_shot, fine_tuned], images, setup, folder)
-    d = distances(found["v"], bank, k, setup.args.distance, setup.device)
-    own = Outputs(**found, d=d.cpu(), labels=images.labels)
-    return Outputs(*[x.cuda() for x in own]) if setup.device.type == "cuda" else own
+    place = setup.device if setup.device.type == "cuda" else torch.device("cpu")
+    d = distances(found["v"], bank, k, setup.args.distance, place)
+    return Outputs(*[x.to(place) for x in (*found.values(), d, images.labels)])
 
 
 def distances(v, bank, k, kind, device):
@@ -204,29 +220,27 @@ def distances(v, bank, k, kind, device):
     return knn_distance(v.to(device), bank.to(device), k, kind == "squared")
 
 
+def log_ensemble(outputs, weight, t_zs, t_ft, space):
+    """Logarithm of Eq. (1) or (5), exact, (N, C'); weight: (N,), or one number."""
+    if space == "logits":
+        mean = ensemble(outputs.logits_zs, outputs.logits_ft, weight, t_zs, t_ft, space)
+        return mean.log()
+    return common.log_mixture(outputs.logits_ft / t_ft, outputs.logits_zs / t_zs, weight)
+
+
 def accuracy(log_probs, labels):
     return 100 * (log_probs.argmax(1) == labels).double().mean().item()
 
 
-class Ensembles:
-    """Eq. (1) and (5) as log-probabilities, with the temperatures and the space of averaging of a run."""
-
-    def __init__(self, t_zs, t_ft, space):
-        self.t_zs, self.t_ft, self.space = t_zs, t_ft, space
-
-    def __call__(self, outputs, weight):
-        """Log-probabilities (N, C') of Outputs; weight of the fine-tuned model: (N,), or one number."""
-        if self.space == "logits":
-            return ensemble(outputs.logits_zs, outputs.logits_ft, weight, self.t_zs, self.t_ft, "logits").log()
-        return common.log_mixture(outputs.logits_ft / self.t_ft, outputs.logits_zs / self.t_zs, weight)
-
-
 def temperatures(outputs, name):
     """(T_zs, T_ft) at which confidence equals accuracy on these Outputs."""
-    found = [calibration_temperature(z, outputs.labels) for z in (outputs.logits_zs, outputs.logits_ft)]
-    for model, t in zip(("zero-shot", "fine-tuned"), found):
+    found = []
+    for model, logits in (("zero-shot", outputs.logits_zs), ("fine-tuned", outputs.logits_ft)):
+        t = calibration_temperature(logits, outputs.labels)
         if not 1.01e-3 < t < 0.99e3:
-            common.say(f"warning: no temperature gives the {model} model's accuracy on {name}; {t:.3g} is used")
+            common.say(f"warning: no temperature gives the {model} model's accuracy on {name}; "
+                       f"{t:.3g} is used")
+        found.append(t)
     return found
 
 
@@ -238,86 +252,86 @@ def choose_alpha(mix, outputs, rule):
 
 def choose_wse_alpha(zero_shot, fine_tuned, images, rule, setup):
     """WSE's alpha, on this ImageSet."""
-    rows = wse_rows(zero_shot, fine_tuned)
-
-    def right(x, labels):
-        return {name: z.argmax(1) == labels for name, z in rows(x, images.project).items()}
-    found = common.collect(right, images, setup)
-    scores = [100 * found[str(alpha)].double().mean().item() for alpha in ALPHAS]
-    return ALPHAS[common.choose(scores, ALPHAS, len(images), rule)]
+    scores = common.accuracies(wse_rows(zero_shot, fine_tuned), images, setup)
+    return ALPHAS[common.choose(list(scores.values()), ALPHAS, len(images), rule)]
 
 
 def wse_rows(zero_shot, fine_tuned):
-    """rows(images, project) -> {alpha as text: logits}; one merged model at a time: eleven would fill a GPU."""
-    ends, model = (zero_shot.state_dict(), copy.deepcopy(fine_tuned.state_dict())), copy.deepcopy(fine_tuned)
+    """rows(images, project) -> {alpha as text: logits}; eleven models at once would fill a GPU."""
+    theta_zs, theta_ft = zero_shot.state_dict(), copy.deepcopy(fine_tuned.state_dict())
+    model = copy.deepcopy(fine_tuned)
 
     def rows(images, project):
         found = {}
         for alpha in ALPHAS:
-            model.load_state_dict(weight_ensemble(*ends, alpha))
+            model.load_state_dict(weight_ensemble(theta_zs, theta_ft, alpha))
             found[str(alpha)] = project(common.classify(model, images))
         return found
     return rows
 
 
 def sweep_weight(mix, outputs, rule):
-    """(a, b), on these Outputs: a among quantiles of d, b among fractions of its spread (paper: a grid, Section 3.2).
+    """(a, b), on these Outputs: a among quantiles of d, b among fractions of its spread.
 
-    mix(outputs, weight) -> probabilities or their logarithms (N, C).
+    The paper sweeps a grid (Section 3.2). mix(outputs, weight) -> (N, C), whose argmax counts.
     """
     d = outputs.d.double()
     spread = max(d.std(correction=0).item(), 1e-6)
+    steps = torch.linspace(0, 1, 21, dtype=torch.double, device=d.device)
     grid, scores, weights = [], [], []
-    for a in d.quantile(torch.linspace(0, 1, 21, dtype=torch.double, device=d.device)).tolist():
+    for a in d.quantile(steps).clamp(min=1e-6).tolist():
         for b in (0.25 * spread, 0.5 * spread, spread, 2 * spread):
-            omega = ft_weight(outputs.d, max(a, 1e-6), b)
-            grid.append((max(a, 1e-6), b))
+            omega = ft_weight(outputs.d, a, b)
+            grid.append((a, b))
             scores.append(accuracy(mix(outputs, omega), outputs.labels))
             weights.append(omega.mean().item())
     return grid[common.choose(scores, weights, len(d), rule)]
 
 
-# ----------------------------------------------------- Figures -----------------------------------------------------
+# -------------------------------------- Figure --------------------------------------
 
 def plot_ratio(tests, state, path, bins=12):
-    """The paper's Figure 1b: Acc_ft / Acc_zs in bins of d(x) over all test images, with the weight curve omega(d)."""
+    """Figure 1b: Acc_ft / Acc_zs in bins of d(x) over all test images, and the curve omega(d)."""
     plt = common.pyplot()
     if plt is None or not state["failures"]:
         return
-    d = torch.cat([outputs.d for outputs in tests]).cpu()
-    right_zs = torch.cat([outputs.logits_zs.argmax(1) == outputs.labels for outputs in tests]).cpu()
-    right_ft = torch.cat([outputs.logits_ft.argmax(1) == outputs.labels for outputs in tests]).cpu()
-    parts = [p for p in d.argsort().tensor_split(bins) if len(p) and right_zs[p].any()]
-    ratio = [right_ft[p].double().mean() / right_zs[p].double().mean() for p in parts]
+    d = torch.cat([o.d for o in tests]).cpu()
+    right_zs = torch.cat([o.logits_zs.argmax(1) == o.labels for o in tests]).cpu()
+    right_ft = torch.cat([o.logits_ft.argmax(1) == o.labels for o in tests]).cpu()
+    x, ratio = [], []
+    for part in d.argsort().tensor_split(bins):
+        if right_zs[part].any():
+            x.append(d[part].mean())
+            ratio.append(right_ft[part].sum() / right_zs[part].sum())
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    ax.plot([d[p].mean() for p in parts], ratio, "o-", color="tab:blue",
-            label=r"Acc$_{ft}$ / Acc$_{zs}$, equal-count bins")
+    points = ax.plot(x, ratio, "o-", label=r"Acc$_{ft}$ / Acc$_{zs}$, bins of equal count")
     ax.axhline(1, color="grey", linewidth=0.8)
-    ax.set(xlabel=f"d(x), {state['distance']} distance to neighbour {state['k']} of {state['failures']} failures",
-           ylabel=r"Acc$_{ft}$ / Acc$_{zs}$")
+    ax.set(xlabel=f"d(x), {state['distance']} distance to neighbour {state['k']} of "
+           f"{state['failures']} failures", ylabel=r"Acc$_{ft}$ / Acc$_{zs}$")
     twin, x = ax.twinx(), torch.linspace(d.min(), d.max(), 200)
-    twin.plot(x, ft_weight(x, state["a"], state["b"]), "--", color="tab:red",
-              label=rf"$\omega$(d), a = {state['a']:.3g}, b = {state['b']:.3g}")
+    a, b = state["a"], state["b"]
+    curve = twin.plot(x, ft_weight(x, a, b), "--", color="tab:red",
+                      label=rf"$\omega$(d), a = {a:.3g}, b = {b:.3g}")
     twin.set(ylabel=r"weight $\omega$ of the fine-tuned model", ylim=(0, 1))
-    figure.legend(handles=[*ax.lines[:1], *twin.lines], loc="outside upper center", ncols=2)
+    figure.legend(handles=points + curve, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
-# ------------------------------------------------------ main ------------------------------------------------------
+# ---------------------------------------- main ----------------------------------------
 
 def fine_tune(setup, zero_shot, out):
     """Plain end-to-end fine-tuning as in the paper: WiSE-FT's recipe and head."""
     def loss_fn(model, batch):
         return F.cross_entropy(model(batch.images)[0], batch.labels), {}
     fine_tuned = copy.deepcopy(zero_shot)
-    for p in (fine_tuned.head, fine_tuned.bias):
-        p.requires_grad_(setup.args.freeze != "head")
+    for parameter in (fine_tuned.head, fine_tuned.bias):
+        parameter.requires_grad_(setup.args.freeze != "head")
     setup.fit(fine_tuned, loss_fn, out)
     return fine_tuned
 
 
 def two_models(setup):
-    """(zero-shot, fine-tuned) of --finetuned, or trained now; also makes the run's folder and leaves both there."""
+    """(zero-shot, fine-tuned) of --finetuned, or trained now; makes the run and leaves both there."""
     if setup.args.finetuned != "none":
         zero_shot, fine_tuned = common.load_finetuned(setup)
         setup.out = common.run_folder(setup.args)
@@ -331,72 +345,76 @@ def two_models(setup):
     return zero_shot, fine_tuned
 
 
+def images_to_choose_on(setup):
+    """(name, ImageSet) for temperatures, alpha, a and b: held-out training images."""
+    args, name, images = setup.args, "held-out", setup.data.val
+    if args.select_on_test:
+        name, images = next(iter(setup.data.tests.items()))
+        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set "
+                   f"{name}, as the released code does; its accuracy is then not an estimate for "
+                   "new images")
+    if (args.calibrate or args.sweep) and not len(images):
+        raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the "
+                          "model is trained, or pass --no-calibrate --no-sweep, or "
+                          "--select-on-test")
+    return name, images
+
+
 def main():
     args = get_args()
     if args.predict != "none":
         return predict(args)
     if args.sweep and (args.a, args.b) != (1.5, 0.6):
-        raise common.Fail(f"--a {args.a:g} --b {args.b:g}: would be replaced by the sweep; add --no-sweep")
+        raise common.Fail(f"--a {args.a:g} --b {args.b:g}: would be replaced by the sweep; add "
+                          "--no-sweep")
     setup = common.start(args)
-    chosen_on, images = next(iter(setup.data.tests.items())) if args.select_on_test else ("held-out", setup.data.val)
-    if (args.calibrate or args.sweep) and not len(images):
-        raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the model is trained, or "
-                          "pass --no-calibrate --no-sweep, or --select-on-test")
-    if args.select_on_test:
-        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set {chosen_on}, as the "
-                   "released code does; its accuracy is then not an estimate for new images")
+    chosen_on, images = images_to_choose_on(setup)
     zero_shot, fine_tuned = two_models(setup)
 
-    # Step 1: the zero-shot failures V, and what the ensembles need of each image: both logits, v, d
-    folder = Path(args.finetuned) if Path(args.finetuned).is_dir() else setup.out  # other runs find its cache
+    # Step 1: the zero-shot failures V, and what the ensembles need: both logits, v, d
+    given = Path(args.finetuned)
+    folder = given if given.is_dir() else setup.out  # other runs find its cache
     bank = failures_of(zero_shot, fine_tuned, setup, folder)
-    k = min(args.k, len(bank)) if args.k else neighbours(len(bank), len(setup.data.train), args.k_rule)
-    of = functools.partial(outputs_of, zero_shot, fine_tuned, bank=bank, k=k, setup=setup, folder=folder)
-    tests = {name: of(images=dataset) for name, dataset in setup.data.tests.items()}
+    k = args.k or neighbours(len(bank), len(setup.data.train), args.k_rule)
+    of = functools.partial(outputs_of, zero_shot, fine_tuned, bank=bank, k=min(k, len(bank)),
+                           setup=setup, folder=folder)
+    tests = {name: of(images=test) for name, test in setup.data.tests.items()}
     held_out = of(images=images) if len(images) else None
 
     # Step 2: temperatures, then alpha, then a and b, on held-out training images
     t_zs, t_ft = temperatures(held_out, chosen_on) if args.calibrate else (1.0, 1.0)
-    mix = Ensembles(t_zs, t_ft, args.space)
-    alpha = choose_alpha(mix, held_out, args.choose) if held_out else 0.5
-    alpha_wse = choose_wse_alpha(zero_shot, fine_tuned, images, args.choose, setup) if held_out else 0.5
-    a, b = sweep_weight(mix, held_out, args.choose) if args.sweep and len(bank) else (args.a, args.b)
-    state = {"failures": len(bank), "k": k, "distance": args.distance, "space": args.space, "a": a, "b": b, "alpha": alpha,
-             "alpha_wse": alpha_wse, "t_zs": t_zs, "t_ft": t_ft, "chosen_on": chosen_on}
-    values = ", ".join(f"{key} {state[key]:.3g}" for key in ("k", "t_zs", "t_ft", "a", "b", "alpha", "alpha_wse"))
-    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on {chosen_on}: {values}")
-    if not len(bank):
-        common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF falls back to OSE")
+    mix = functools.partial(log_ensemble, t_zs=t_zs, t_ft=t_ft, space=args.space)
+    alpha = alpha_wse = 0.5
+    if held_out:
+        alpha = choose_alpha(mix, held_out, args.choose)
+        alpha_wse = choose_wse_alpha(zero_shot, fine_tuned, images, args.choose, setup)
+    a, b = args.a, args.b
+    if args.sweep and len(bank):
+        a, b = sweep_weight(mix, held_out, args.choose)
 
     # Step 3: the ensembles on the test sets
     results = {"zero-shot": {}, "fine-tuned": {}, "OSE": {}, "WSE": {}, "VRF": {}}
-    ose = {str(alpha): {} for alpha in ALPHAS}
+    ose = {str(weight): {} for weight in ALPHAS}
     for name, outputs in tests.items():
+        test = setup.data.tests[name]
         omega = ft_weight(outputs.d, a, b) if len(bank) else alpha
-        results["zero-shot"][name] = score(outputs.logits_zs, setup.data.tests[name])  # as they are, not calibrated
-        results["fine-tuned"][name] = score(outputs.logits_ft, setup.data.tests[name])
+        results["zero-shot"][name] = score(outputs.logits_zs, test)  # as it is, not calibrated
+        results["fine-tuned"][name] = score(outputs.logits_ft, test)
+        results["OSE"][name] = score(mix(outputs, alpha), test)
+        results["VRF"][name] = score(mix(outputs, omega), test)
         for weight in ALPHAS:
-            ose[str(weight)][name] = score(mix(outputs, weight), setup.data.tests[name])
-        results["OSE"][name] = score(mix(outputs, alpha), setup.data.tests[name])
-        results["VRF"][name] = score(mix(outputs, omega), setup.data.tests[name])
+            ose[str(weight)][name] = score(mix(outputs, weight), test)
     wse = common.evaluate(wse_rows(zero_shot, fine_tuned), setup)
     results["WSE"] = wse[str(alpha_wse)]
 
-    curves = {"ose_curve": plane(ose, setup), "wse_curve": plane(wse, setup)}
+    state = {"failures": len(bank), "k": min(k, len(bank)), "t_zs": t_zs, "t_ft": t_ft, "a": a,
+             "b": b, "alpha": alpha, "alpha_wse": alpha_wse, "distance": args.distance,
+             "space": args.space, "chosen_on": chosen_on}
+    curves = {"ose_curve": common.plane(ose, setup.measure),
+              "wse_curve": common.plane(wse, setup.measure)}
     if common.RANK == 0:
         leave(setup, bank, state, tests, results, curves)
     common.finish(setup, results, vrf=state, **curves)
-
-
-def leave(setup, bank, state, tests, results, curves):
-    """What else a run leaves: vrf.json and the bank for --predict, and the two figures."""
-    common.write_json(setup.out / "vrf.json", state)
-    common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
-    plot_ratio(tests.values(), state, setup.out / "ratio.png")
-    points = plane({row: results[row] for row in ("zero-shot", "fine-tuned", "VRF")}, setup)
-    lines = {r"OSE, $\alpha$ from 0 to 1": curves["ose_curve"].values(),
-             r"WSE, $\alpha$ from 0 to 1": curves["wse_curve"].values()}
-    common.plot_plane(points, lines, setup.measure, setup.out / "plane.png")  # the paper's Figure 1a
 
 
 def score(log_probs, images):
@@ -404,25 +422,41 @@ def score(log_probs, images):
     return common.metrics(common.Scores(*[x.cpu() for x in scores]), images)
 
 
-def plane(rows, setup):
-    """{row: (ID, OOD)}"""
-    return {row: common.id_ood(tests, setup.measure) for row, tests in rows.items()}
+def leave(setup, bank, state, tests, results, curves):
+    """What else a run leaves: vrf.json and the bank for --predict, and the two figures."""
+    values = ", ".join(f"{key} {value:.3g}" for key, value in list(state.items())[1:8])
+    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on "
+               f"{state['chosen_on']}: {values}")
+    if not len(bank):
+        common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF "
+                   "falls back to OSE")
+    common.write_json(setup.out / "vrf.json", state)
+    common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
+    plot_ratio(tests.values(), state, setup.out / "ratio.png")
+    rows = {row: results[row] for row in ("zero-shot", "fine-tuned", "VRF")}
+    lines = {r"OSE, $\alpha$ from 0 to 1": curves["ose_curve"].values(),
+             r"WSE, $\alpha$ from 0 to 1": curves["wse_curve"].values()}
+    common.plot_plane(rows, setup, lines)  # the paper's Figure 1a
 
 
 def predict(args):
-    """One line an image of --predict: path, class, probability, d, omega, with the ensemble of the run --finetuned."""
+    """--predict with the ensemble of the run --finetuned; d and omega are further columns."""
     run = Path(args.finetuned)
     state = common.read_json(run / "vrf.json", "a finished run of vrf.py")
     bank = common.load_tensors(run / "vrf.safetensors")[0]["bank"]
     device, amp = common.compute_device(args)
-    zero_shot, fine_tuned = (common.load_saved(run / part, device, amp) for part in ("zero-shot", "fine-tuned"))
+    zero_shot = common.load_saved(run / "zero-shot", device, amp)
+    fine_tuned = common.load_saved(run / "fine-tuned", device, amp)
 
     def probabilities(images):
-        logits_ft, v = fine_tuned.model(images)
-        d = distances(v, bank, state["k"], state["distance"], device).to(device)
-        omega = ft_weight(d, state["a"], state["b"]) if len(bank) else torch.full_like(d, state["alpha"])
-        probs = ensemble(zero_shot.model(images)[0], logits_ft, omega, state["t_zs"], state["t_ft"], state["space"])
-        return probs, d, omega
+        logits_zs, (logits_ft, v) = zero_shot.model(images)[0], fine_tuned.model(images)
+        d = distances(v, bank, state["k"], state["distance"], device)
+        if len(bank):
+            omega = ft_weight(d, state["a"], state["b"])
+        else:
+            omega = torch.full_like(d, state["alpha"])
+        t_zs, t_ft = state["t_zs"], state["t_ft"]
+        return ensemble(logits_zs, logits_ft, omega, t_zs, t_ft, state["space"]), d, omega
     common.predict_folder(args, fine_tuned, device, probabilities)
 
 

@@ -39,11 +39,13 @@ from torch.func import functional_call
 
 import common
 
-# ------------------------------------------------------ Args ------------------------------------------------------
+# ---------------------------------------- Args ----------------------------------------
 
-PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0, augment="crop")  # official README
+PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0,
+             augment="crop")  # official README, D.2
 RECIPES = {
-    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1, augment="none"),
+    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1,
+                   augment="none"),
     "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1),
     "imagenet": dict(PAPER, holdout=0.02),
     "cifar10": PAPER,
@@ -51,50 +53,85 @@ RECIPES = {
     "fmow": PAPER,
     "domainnet": dict(PAPER, holdout=0.02),  # not in the paper
 }
-LINEAR = dict(lr=0.1, augment="none")  # --freeze encoder: on features computed once; the rate of VRF's text
+LINEAR = dict(lr=0.1, augment="none")  # --freeze encoder: on features computed once
 
 
 def get_args():
+    switch = argparse.BooleanOptionalAction
     p = common.parser(__doc__)
-    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)", type=common.limited(low=0, high=1))
-    p.add("--alphas", [round(0.1 * i, 1) for i in range(11)], "coefficients of the curve", nargs="+",
+    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)",
           type=common.limited(low=0, high=1))
+    p.add("--alphas", [round(0.1 * i, 1) for i in range(11)], "coefficients of the curve",
+          nargs="+", type=common.limited(low=0, high=1))
     p.add("--select", False, "save the alpha that is chosen on held-out training images",
-          action=argparse.BooleanOptionalAction)
-    p.add("--choose", "one-se", "--select: within one standard error of the best held-out accuracy the alpha nearest 0.5, "
-          "or the best accuracy", choices=["one-se", "best"])
-    p.add("--freeze", "none", "part that is not trained; encoder is the paper's linear classifier",
-          choices=["none", "encoder", "head"])
+          action=switch)
+    p.add("--choose", "one-se", "--select: within one standard error of the best held-out "
+          "accuracy the alpha nearest 0.5, or the best accuracy", choices=["one-se", "best"])
+    p.add("--freeze", "none", "part that is not trained; encoder is the paper's linear "
+          "classifier", choices=["none", "encoder", "head"])
     p.add("--logit-axes", False, "scale the figure's axes by logit, as the paper's Figure 1",
-          action=argparse.BooleanOptionalAction)
+          action=switch)
     return common.parse(p, "wise_ft", RECIPES, {("freeze", "encoder"): LINEAR})
 
 
-# ---------------------------------------------------- Equations ----------------------------------------------------
+# ------------------------------------- Equations -------------------------------------
 
 def interpolate(theta_0, theta_1, alpha):
-    """Eq. (1): (1 - alpha) theta_0 + alpha theta_1 of two state dicts with the same names and shapes.
+    """Eq. (1): (1 - alpha) theta_0 + alpha theta_1 of two state dicts of the same shapes.
 
-    alpha 0 and 1 return the ends bit for bit (0 * -inf in a masked buffer would be NaN); integer buffers, such as
-    BatchNorm's counters, are theta_1's. ValueError names entries that do not match.
+    alpha 0 and 1 return the ends bit for bit (0 * -inf in a masked buffer would be NaN); integer
+    buffers, such as BatchNorm's counters, are theta_1's. ValueError names entries that differ.
     """
-    shapes = [{k: tuple(v.shape) for k, v in theta.items()} for theta in (theta_0, theta_1)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"weights that differ in name or shape: {sorted(dict(shapes[0].items() ^ shapes[1].items()))}")
+    shapes_0 = {name: tuple(value.shape) for name, value in theta_0.items()}
+    shapes_1 = {name: tuple(value.shape) for name, value in theta_1.items()}
+    if shapes_0 != shapes_1:
+        differ = sorted(dict(shapes_0.items() ^ shapes_1.items()))
+        raise ValueError(f"weights that differ in name or shape: {differ}")
     if alpha in (0, 1):
         return dict(theta_1 if alpha else theta_0)
-    return {k: (1 - alpha) * theta_0[k] + alpha * theta_1[k] if theta_1[k].is_floating_point() else theta_1[k]
-            for k in theta_1}
+    theta = dict(theta_1)
+    for name, value in theta_1.items():
+        if value.is_floating_point():
+            theta[name] = (1 - alpha) * theta_0[name] + alpha * value
+    return theta
 
 
-# ------------------------------------------------------ Loss ------------------------------------------------------
+# ---------------------------------------- Loss ----------------------------------------
 
 def make_loss():
     """Step 1: loss_fn(model, batch) -> cross-entropy."""
     def loss_fn(model, batch):
-        ce = F.cross_entropy(model(batch.images)[0], batch.labels)
-        return ce, {}
+        return F.cross_entropy(model(batch.images)[0], batch.labels), {}
     return loss_fn
+
+
+def fine_tune(setup, theta_0, out):
+    """theta_1: theta_0 trained end-to-end or, with --freeze encoder, its head alone."""
+    if setup.args.freeze == "encoder":
+        theta_1 = linear_classifier(setup, theta_0, out)
+    else:
+        theta_1 = copy.deepcopy(theta_0)
+        for parameter in (theta_1.head, theta_1.bias):
+            parameter.requires_grad_(setup.args.freeze != "head")
+        setup.fit(theta_1, make_loss(), out)
+    common.save_run(setup, theta_1, out)
+    return theta_1
+
+
+def linear_classifier(setup, theta_0, out):
+    """Step 1 over W_classifier alone, on unit features that are computed once."""
+    sets = []
+    for images in (setup.data.train, setup.data.val):
+        features = np.zeros((0, theta_0.head.shape[1]), np.float32)
+        if len(images):
+            features = common.features_once(theta_0, images, setup, out).numpy()
+        sets.append(FeatureSet(images.name, features, images.labels))
+    linear = copy.deepcopy(theta_0)
+    linear.visual, linear.amp = torch.nn.Identity(), None
+    common.train(linear, *sets, make_loss(), setup, out)
+    theta_1 = copy.deepcopy(theta_0)
+    theta_1.load_state_dict({**theta_0.state_dict(), **linear.state_dict()})
+    return theta_1
 
 
 class FeatureSet(common.ImageSet):
@@ -108,52 +145,32 @@ class FeatureSet(common.ImageSet):
         return features
 
 
-def fine_tune(setup, theta_0, out):
-    """theta_1: theta_0 trained with cross-entropy, end-to-end or (--freeze encoder) only its head."""
-    theta_1 = copy.deepcopy(theta_0)
-    if setup.args.freeze == "encoder":
-        train, held_out = (FeatureSet(images.name, features_of(theta_0, images, setup, out), images.labels)
-                           for images in (setup.data.train, setup.data.val))
-        linear = copy.deepcopy(theta_0)
-        linear.visual, linear.amp = torch.nn.Identity(), None
-        common.train(linear, train, held_out, make_loss(), setup, out)
-        theta_1.load_state_dict({**theta_0.state_dict(), **linear.state_dict()})
-    else:
-        for p in (theta_1.head, theta_1.bias):
-            p.requires_grad_(setup.args.freeze != "head")
-        setup.fit(theta_1, make_loss(), out)
-    common.save_run(setup, theta_1, out)
-    return theta_1
-
-
-def features_of(theta_0, images, setup, out):
-    """Unit features (N, D) of the frozen encoder as a numpy array."""
-    if not len(images):
-        return np.zeros((0, theta_0.head.shape[1]), np.float32)
-    return common.features_once(theta_0, images, setup, out).numpy()
-
-
-# ---------------------------------------------------- Inference ----------------------------------------------------
+# ------------------------------------- Inference -------------------------------------
 
 def all_alphas(theta_0, theta_1, alphas):
     """rows(images, project) -> {row name: logits}: one batch through the models of all alphas.
 
-    If the ends share the encoder, its features are computed once and only the heads are interpolated.
+    If the ends share the encoder, its features are computed once and only heads interpolated.
     """
-    ends = [m.state_dict() for m in (theta_0, theta_1)]
-    shared = all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0] if k.startswith("visual."))
+    ends = [theta_0.state_dict(), theta_1.state_dict()]
+    towers = [name for name in ends[0] if name.startswith("visual.")]
+    shared = all(torch.equal(ends[0][name], ends[1][name]) for name in towers)
     model = copy.deepcopy(theta_1)
     if shared:
-        tower, model.visual, model.amp = theta_1, torch.nn.Identity(), None
-        ends = [{k: v for k, v in end.items() if not k.startswith("visual.")} for end in ends]
+        model.visual, model.amp = torch.nn.Identity(), None
+        for end in ends:
+            for name in towers:
+                del end[name]
 
-    def logits(alpha, x):  # weights are made for a batch and dropped: eleven models at once would fill a GPU
-        state = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in interpolate(*ends, alpha).items()}
-        return functional_call(model, state, (x,))[0]  # why requires_grad: see load_clip
+    def logits(alpha, x):  # weights are made for a batch and dropped: eleven would fill a GPU
+        theta = interpolate(*ends, alpha)
+        for name, value in theta.items():  # why: see load_clip
+            theta[name] = value.detach().requires_grad_(value.is_floating_point())
+        return functional_call(model, theta, (x,))[0]
 
     def rows(images, project):
-        x = tower(images)[1] if shared else images
-        return {row_name(a): project(logits(a, x)) for a in alphas}
+        x = theta_1(images)[1] if shared else images
+        return {row_name(alpha): project(logits(alpha, x)) for alpha in alphas}
     return rows
 
 
@@ -163,40 +180,39 @@ def row_name(alpha):
 
 def select_alpha(theta_0, theta_1, alphas, setup):
     """(alpha chosen on the held-out images by --choose, {alpha: accuracy})."""
-    rows, val = all_alphas(theta_0, theta_1, alphas), setup.data.val
-
-    def right(images, labels):
-        return {name: z.argmax(1) == labels for name, z in rows(images, val.project).items()}
-    found = common.collect(right, val, setup)
-    accuracy = {a: 100 * found[row_name(a)].double().mean().item() for a in alphas}
-    return alphas[common.choose(list(accuracy.values()), alphas, len(val), setup.args.choose)], accuracy
+    accuracy = common.accuracies(all_alphas(theta_0, theta_1, alphas), setup.data.val, setup)
+    values = [accuracy[row_name(alpha)] for alpha in alphas]
+    best = common.choose(values, alphas, len(setup.data.val), setup.args.choose)
+    return alphas[best], dict(zip(alphas, values))
 
 
-def plot_curve(results, alphas, measure, chosen, path, logit_axes=False):
-    """Accuracy on the reference test (x) against mean accuracy on the shifts (y), a marker per alpha."""
+# -------------------------------------- Figure --------------------------------------
+
+def plot_curve(results, alphas, chosen, setup):
+    """curve.png: reference accuracy (x) against the shifts' mean (y), a marker per alpha."""
     plt = common.pyplot()
-    if plt is None or len(measure) < 2:
+    if plt is None or len(setup.measure) < 2:
         return
-    points = [common.id_ood(results[row_name(a)], measure) for a in alphas]
+    plane = common.plane(results, setup.measure)
+    points = [plane[row_name(alpha)] for alpha in alphas]
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    ax.plot(*zip(*points), "-o", color="tab:blue", markersize=5, label=r"WiSE-FT, $\alpha$ from 0 to 1")
-    ends = ((0, "*", 13, "tab:purple", "zero-shot"), (1, "s", 9, "tab:orange", "fine-tuned"),
-            (chosen, "D", 9, "tab:green", rf"saved, $\alpha$ = {chosen:g}"))
-    for a, marker, size, colour, label in ends:
-        ax.plot(*points[alphas.index(a)], marker, color=colour, markersize=size, label=label, linestyle="none")
-    for a, point in zip(alphas, points):
-        ax.annotate(f"{a:g}", point, textcoords="offset points", xytext=(6, 5), fontsize=8)
-    ax.set(xlabel=f"accuracy on {next(iter(measure))} (reference), %",
-           ylabel=f"mean accuracy on {len(measure) - 1} shifts, %")
+    ax.plot(*zip(*points), "-o", markersize=5, label=r"WiSE-FT, $\alpha$ from 0 to 1")
+    ends = ((0, "*", "zero-shot"), (1, "s", "fine-tuned"), (chosen, "D", f"saved, {chosen:g}"))
+    for alpha, marker, label in ends:
+        ax.plot(*points[alphas.index(alpha)], marker, markersize=10, label=label)
+    for alpha, point in zip(alphas, points):
+        ax.annotate(f"{alpha:g}", point, textcoords="offset points", xytext=(6, 5), fontsize=8)
+    ax.set(xlabel=f"accuracy on {next(iter(setup.measure))} (reference), %",
+           ylabel=f"mean accuracy on {len(setup.measure) - 1} shifts, %")
     ax.grid(alpha=0.3)
-    if logit_axes:
+    if setup.args.logit_axes:
         scale_by_logit(ax, points)
     ax.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(setup.out / "curve.png", dpi=150)
 
 
 def scale_by_logit(ax, points):
-    """Logit-scaled axes in percent, as the paper's Figure 1; matplotlib's own wants (0, 1) and labels badly."""
+    """Logit-scaled axes in percent, as Figure 1; matplotlib's own wants (0, 1)."""
     def logit(p):
         p = np.clip(p, 1e-3, 99.999)
         return np.log(p / (100 - p))
@@ -208,7 +224,7 @@ def scale_by_logit(ax, points):
         getattr(ax, f"set_{axis}lim")(max(0.1, min(values) - 1), min(99.95, max(values) + 1))
 
 
-# ------------------------------------------------------ main ------------------------------------------------------
+# ---------------------------------------- main ----------------------------------------
 
 def main():
     args = get_args()
@@ -216,7 +232,8 @@ def main():
         return common.predict(args)
     setup = common.start(args)
     if args.select and not len(setup.data.val):
-        raise common.Fail("--select: no held-out images to select on; raise --holdout of the training run")
+        raise common.Fail("--select: no held-out images to select on; raise --holdout of the "
+                          "training run")
 
     # Step 1: theta_0, and theta_1 trained from it
     if args.finetuned != "none":
@@ -233,12 +250,13 @@ def main():
     if args.select:
         chosen, accuracy = select_alpha(theta_0, theta_1, alphas, setup)
         selected = {"alpha": chosen, "held_out_accuracy": accuracy}
-        common.say(f"--select: alpha {chosen:g} with {accuracy[chosen]:.2f}% on {len(setup.data.val)} held-out images")
+        common.say(f"--select: alpha {chosen:g} with {accuracy[chosen]:.2f}% on "
+                   f"{len(setup.data.val)} held-out images")
     results = common.evaluate(all_alphas(theta_0, theta_1, alphas), setup)
     saved = copy.deepcopy(theta_1)
     saved.load_state_dict(interpolate(theta_0.state_dict(), theta_1.state_dict(), chosen))
     common.save_run(setup, saved, setup.out)
-    plot_curve(results, alphas, setup.measure, chosen, setup.out / "curve.png", args.logit_axes)
+    plot_curve(results, alphas, chosen, setup)
     common.finish(setup, results, alpha=args.alpha, saved_alpha=chosen, selected=selected)
 
 
