@@ -478,7 +478,7 @@ def metrics(scores, images):
 
 
 def macro_f1(predicted, labels):
-    """WILDS' macro-F1 in [0, 1]: mean of 2 TP / (2 TP + FP + FN) over the classes in labels (N,)."""
+    """Macro-F1 in [0, 1], as WILDS: mean of 2 TP / (2 TP + FP + FN) over the classes in labels."""
     f1 = []
     for c in labels.unique():
         true_positives = ((predicted == c) & (labels == c)).sum()
@@ -1238,15 +1238,15 @@ def pyplot():
     return plt
 
 
-def plot_plane(results, setup, lines=None, name="plane.png"):
-    """ID against OOD: {row: {test: metrics}} as markers, {name: [(ID, OOD)]} as lines."""
+def plot_plane(points, setup, lines=None, name="plane.png"):
+    """ID against OOD: {row: (ID, OOD)} as markers, {label: [(ID, OOD)]} as lines."""
     plt = pyplot()
     if plt is None or len(setup.measure) < 2:
         return
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    for label, points in (lines or {}).items():
-        ax.plot(*zip(*points), "-o", markersize=4, label=label)
-    for (label, point), marker in zip(plane(results, setup.measure).items(), "PXs*D^v<>hpd" * 3):
+    for label, line in (lines or {}).items():
+        ax.plot(*zip(*line), "-o", markersize=4, label=label)
+    for (label, point), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
         ax.plot(*point, marker, markersize=10, linestyle="none", label=label)
     ax.set(xlabel=f"{next(iter(setup.measure))} (ID), %",
            ylabel=f"mean of {len(setup.measure) - 1} shifts (OOD), %")

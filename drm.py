@@ -1,49 +1,59 @@
-"""DRM: dual risk minimization for robust fine-tuning of zero-shot models (arXiv 2411.19757, NeurIPS 2024).
+"""DRM: dual risk minimization for robust fine-tuning of zero-shot models (arXiv 2411.19757).
 
-Two text heads on one CLIP: df from default prompts, which elicit the class and all that goes with it, and cd from
-concept descriptions of the class's core features. Fine-tune the df head to the labels (expected risk) while the cd
-head keeps to a zero-shot estimate of what the core features tell (worst-case risk).
+Two text heads on one CLIP: df from default prompts, which elicit the class and all that goes with
+it, and cd from concept descriptions of the class's core features. Fine-tune the df head to the
+labels (expected risk) while the cd head keeps to a zero-shot estimate of what the core features
+tell (worst-case risk).
 
-Equations (f(x), g(t): unit features of both towers; A(x, t) = <f(x), g(t)>; theta_0: before fine-tuning)
-    Eq. (5)   p(y|x) = softmax_y(A(x, t_y) / tau), tau = 1 / s the model's temperature                     DualPrompts
-    Eq. (4)   R_c = E_x E_{y ~ p_c(y|x)} [-log p_cd(y|x)], a soft cross-entropy                        worst_case_risk
-    Eq. (7)   R(df) + lambda R_c(cd); Eq. (13) writes it out                                                 make_loss
-    Eq. (8)   gamma(x, y) = (xi - min xi) / (max xi - min xi), xi(x, y) = exp(A_0(x, t_y^cd) / tau_xi),
-              extremes over the training images labelled y                                                core_targets
-    Eq. (9)   p_c(y_x|x) = gamma(x, y_x) for the label y_x; the other classes share the rest              core_targets
-    Eq. (10)  beta p_df + (1 - beta) p_cd, beta = 1 / (1 + lambda) by default                                  mixture
-    FLYP      R(df) is CLIP's symmetric contrastive loss of images and captions (Section 5.1)         contrastive_loss
-Symbols: s = exp(logit_scale); W_df, W_cd (C, D) heads with unit rows; F_0 (N, D) zero-shot features.
+Equations (f(x), g(t): unit features; A(x, t) = <f(x), g(t)>; theta_0: before fine-tuning)
+    Eq. (5)   p(y|x) = softmax_y(A(x, t_y) / tau), tau = 1 / s                      DualPrompts
+    Eq. (4)   R_c = E_x E_{y ~ p_c(y|x)} [-log p_cd(y|x)], soft cross-entropy   worst_case_risk
+    Eq. (7)   R(df) + lambda R_c(cd); Eq. (13) writes it out                          make_loss
+    Eq. (8)   gamma(x, y) = (xi - min xi) / (max xi - min xi), extremes over the training
+              images labelled y; xi(x, y) = exp(A_0(x, t_y^cd) / tau_xi)           core_targets
+    Eq. (9)   p_c(y_x|x) = gamma(x, y_x) for the label y_x; others share the rest  core_targets
+    Eq. (10)  beta p_df + (1 - beta) p_cd, beta = 1 / (1 + lambda) by default           mixture
+    FLYP      R(df): CLIP's symmetric loss of images and captions (5.1)        contrastive_loss
+Symbols: s = exp(logit_scale); W_df, W_cd (C, D) heads with unit rows; F_0 (N, D) zero-shot
+    features.
 
-The authors published inference code and descriptions, never training code. The objective, both towers, FLYP's loss,
-the hyperparameters and early stopping are the paper's; heads, mixture, prompts and crops are the released code's.
+The authors published inference code and descriptions, never training code. The objective, both
+towers, FLYP's loss, the hyperparameters (Appendix F) and early stopping are the paper's; heads,
+mixture, prompts and crops are the released code's; the 500 warm-up steps are FLYP's.
 Reconstructions:
-    tau_xi    with the model's temperature, gamma is nearly 0 for nearly every image; --tau 1 spreads it over [0, 1]
-    Eq. (9)   its second line: 1 - gamma is split by softmax over y != y_x of s A_0(x, t_y^cd)
+    tau_xi    with the model's temperature, gamma is nearly 0 for nearly every image; --tau 1
+              spreads it over [0, 1]
+    Eq. (9)   the rest, 1 - gamma, is split by softmax over y != y_x of s A_0(x, t_y^cd)
     captions  of FLYP's loss: each image has the default prompt of its class
 
 Deviations
-    1. From the paper's text, with the released transform: images are cropped at random (RandomResizedCrop 0.9-1).
-    2. From FLYP: token embeddings that no text uses are not trained; there weight decay shrinks them.
-    3. From FLYP: the contrastive batch is that of all ranks, but with --accum it is one part of the step.
+    1. From the paper's text (resize, centre crop), with the released transform: images are
+       cropped at random (RandomResizedCrop 0.9-1).
+    2. From FLYP: token embeddings that no text uses are not trained; there weight decay shrinks
+       them.
+    3. The contrastive batch is that of all ranks, but with --accum it is one part of the step.
     4. p_c is that of the un-augmented training images, whose features F_0 are computed once.
-    5. Early stopping chooses among the ends of epochs, by the mixture's accuracy on held-out images: 2% of ImageNet's
-       training images, 10% where there is no validation split. iWildCam's measure is macro-F1; accuracy chooses.
-    6. lambda is 1, not chosen from 1 to 5 by validation. --alpha is the weight of the fine-tuned model, 1 - rho.
-    7. A text that is longer than the context is refused, where the released code cuts it. Descriptions are joined by
-       name where names are unique, by position else; the code always joins by position.
+    5. Early stopping chooses among the ends of epochs, by the mixture's accuracy on held-out
+       images: 2% of ImageNet's training images, 10% where there is no validation split. iWildCam
+       is measured by macro-F1; accuracy chooses.
+    6. lambda is 1, not chosen from 1 to 5 by validation. --alpha is the weight of the fine-tuned
+       model, 1 - rho, and not chosen by validation.
+    7. A text that is longer than the context is refused, where the released code cuts it.
+       Descriptions are joined by name where names are unique, by position else; the code always
+       joins by position.
     8. --no-tune-text trains the image tower alone, with s and both heads frozen.
     9. --data shapes, folder and the sets that RECIPES marks use recipes of their own.
 
 Usage
-    python drm.py                                                                # the embedded data
-    python drm.py --lam 0                                                        # FLYP
-    python drm.py --data folder --data-dir MY_IMAGES --descriptions MINE.json    # or MY_IMAGES/descriptions.json
-    python drm.py --data folder --data-dir MY_IMAGES --print-prompt              # ask any LLM for the descriptions
-    python drm.py --data imagenet --descriptions DRM/prompts/imagenet_cd.json    # DRM: the authors' repository
-    python drm.py --finetuned runs/drm-shapes-s0 --predict MY_IMAGES             # path, class, probability a line
-Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not run by us): ImageNet 82.05, V2 73.43,
-    R 77.82, A 53.53, Sketch 52.48; iWildCam macro-F1 .5353 ID / .4049 OOD; FMoW .6857 ID / .4566 worst region OOD.
+    python drm.py                                               # the embedded data
+    python drm.py --lam 0                                       # FLYP
+    python drm.py --data folder --data-dir MY_IMAGES --descriptions MINE.json
+    python drm.py --data folder --data-dir MY_IMAGES --print-prompt     # ask any LLM for them
+    python drm.py --data imagenet --descriptions DRM/prompts/imagenet_cd.json  # the authors'
+    python drm.py --finetuned runs/drm-shapes-s0 --predict MY_IMAGES    # class, probability
+Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not run by us):
+    ImageNet 82.05, V2 73.43, R 77.82, A 53.53, Sketch 52.48; iWildCam macro-F1 .5353 ID / .4049
+    OOD; FMoW .6857 ID / .4566 worst region OOD.
 """
 import argparse
 import copy
@@ -483,7 +493,7 @@ def main():
         average = common.average(zero_shot, tuned, args.alpha)
         models[f"{name} + WiSE {args.alpha:g}"] = average
     results = common.evaluate(three_rows(models, args.beta), setup)
-    common.plot_plane(results, setup)
+    common.plot_plane(common.plane(results, setup.measure), setup)
     common.finish(setup, results)
 
 

@@ -1,34 +1,40 @@
-"""Lipsum-FT: robust fine-tuning of zero-shot models using random text guidance (arXiv 2404.00860, ICLR 2024).
+"""Lipsum-FT: robust fine-tuning using random text guidance (arXiv 2404.00860, ICLR 2024).
 
-Fine-tuning changes how the image tower scores *any* text, not only the class names. Lipsum-FT measures that
-change on random token sequences and penalises it.
+Fine-tuning changes how the image tower scores *any* text, not only the class names. Lipsum-FT
+measures that change on random token sequences and penalises it.
 
 Equations (numbers of the OpenReview version)
-    Eq. (6)  energy gap             mean over t, x of (<G(t), F_theta(x)> - <G(t), F_theta0(x)>)^2     energy_gap
-    Eq. (7), (8)  regulariser       R = 1/(2M) ||v_theta(x) - v_theta0(x)||^2, mean over x,        lipsum_regularizer
-                                    v^(m) = <G(t_m), F_theta(x)>, times s (deviation 1)
-    loss                            cross-entropy + lambda R, lambda = 1                               make_loss
-    texts                           t_m = [SOT, L random ids, EOT], M = 80, L = 8, new at every step   random_tokens
-Symbols: F image tower, theta its weights (theta0: zero-shot), G frozen text tower, both with unit-norm outputs;
-    s = exp(logit_scale); x image, t text; M texts of L random tokens; v (B, M); lambda the weight of R (--lam).
+    Eq. (6)       mean over t, x of (<G(t), F_theta(x)> - <G(t), F_theta0(x)>)^2     energy_gap
+    Eq. (7), (8)  R = 1/(2M) ||v_theta(x) - v_theta0(x)||^2, mean over x,    lipsum_regularizer
+                  v^(m) = <G(t_m), F_theta(x)>, times s (deviation 1)
+    loss          cross-entropy + lambda R                                            make_loss
+    texts         t_m = [SOT, L random ids, EOT], new at every step               random_tokens
+Symbols: F image tower, theta its weights (theta0: zero-shot), G frozen text tower, both with
+    unit-norm outputs; s = exp(logit_scale); x image, t text; M texts of L random tokens;
+    v (B, M); lambda (--lam). The head is W with unit rows, trained, the frozen s outside.
 
-Deviations
-    1. From the paper, with the official code: v carries the factor s, so lambda = 1 means s^2 = 10^4 on raw cosines.
+Deviations (lambda = 1, M = 80, L = 8 and the recipe are the defaults of the official code)
+    1. From the paper, with the code: v carries the factor s, so that lambda = 1 means s^2 = 10^4
+       on raw cosines.
     2. From the code: warm-up starts at lr / warm-up steps, not at 0.
-    3. From the code: both of Adam's moments are fp32, and the projections run in the towers' precision; there the
-       first moment is bf16 (mu_dtype) and the projections are fp32.
-    4. From the code: the model of the last step is kept, not the best on the test set; --keep best is the epoch that is
-       best on held-out training images.
-    5. From the code: crops are PIL's, antialiased, after the flip; evaluation uses CLIP's resize and centre crop.
-    6. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
-    7. From the code: with --augment none F_theta0(x) is computed once, not at every step; equal up to rounding.
+    3. From the code: both of Adam's moments are fp32, and the projections run in the towers'
+       precision; there the first moment is bf16 (mu_dtype) and the projections are fp32.
+    4. From the code: the model of the last step is kept, not the best on the test set; --keep
+       best is the epoch that is best on held-out training images, of which 2% of ImageNet's and
+       DomainNet's are (--holdout 0 trains on all, as theirs).
+    5. From the code: whole epochs are shuffled, not a buffer of 16 batches; crops are PIL's,
+       antialiased, after the flip, and may be of any shape within 8-100% of the area (theirs, of
+       tf.image, cover 10% of the image at least); evaluation uses CLIP's resize and centre crop.
+    6. From the code: NLL is exact; theirs adds 1e-8 to probabilities before the logarithm.
+    7. From the code: with --augment none F_theta0(x) is computed once, equal up to rounding.
+    8. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
 
 Usage
-    python lipsum_ft.py                                       # the embedded data: minutes on two CPU cores
-    python lipsum_ft.py --data folder --data-dir MY_IMAGES    # MY_IMAGES/train/CLASS/*.jpg, test/CLASS/*.jpg, ...
+    python lipsum_ft.py                                       # embedded data: minutes on a CPU
+    python lipsum_ft.py --data folder --data-dir MY_IMAGES    # MY_IMAGES/train/CLASS/*.jpg, ...
     python lipsum_ft.py --data imagenet --data-dir ~/data     # the paper's main experiment
-Expected result: README.md, "Results"; ImageNet with ViT-B/16 in the authors' log (not run by us): ImageNet 83.3,
-    V2 73.6, R 75.9, A 49.9, Sketch 51.5.
+Expected result: README.md, "Results"; ImageNet with ViT-B/16 in the authors' log (not run by us):
+    ImageNet 83.3, V2 73.6, R 75.9, A 49.9, Sketch 51.5.
 """
 import argparse
 from pathlib import Path
@@ -197,7 +203,7 @@ def main():
         average = common.average(models["zero-shot"], tuned, args.alpha)
         models[f"{name} + WiSE {args.alpha:g}"] = average
     results = common.evaluate(common.each(models), setup)
-    common.plot_plane(results, setup)
+    common.plot_plane(common.plane(results, setup.measure), setup)
     common.finish(setup, results)
 
 

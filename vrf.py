@@ -1,44 +1,52 @@
-"""VRF: robust fine-tuning of zero-shot models via variance reduction (arXiv 2411.06966, NeurIPS 2024).
+"""VRF: robust fine-tuning of zero-shot models via variance reduction (arXiv 2411.06966).
 
-Ensemble a zero-shot and a fine-tuned model with a weight for each image: the nearer an image is to training images
-that only the fine-tuned model gets right, the more the fine-tuned model counts.
+Ensemble a zero-shot and a fine-tuned model with a weight for each image: the nearer an image is
+to training images that only the fine-tuned model gets right, the more that model counts.
 
 Equations
-    Eq. (1)  output-space ensemble OSE   alpha p_ft + (1 - alpha) p_zs                        ensemble, fixed weight
-    Eq. (2)  weight-space ensemble WSE   weights (1 - alpha) theta_zs + alpha theta_ft        weight_ensemble
-    Eq. (3)  zero-shot failures          V = {v_i : y_i = argmax f_ft(x_i), y_i != argmax f_zs(x_i)}  zero_shot_failures
-    Eq. (4)  distance                    d(x) = ||v - v_(k)||_2 to the k-th nearest of V              knn_distance
-    Eq. (5)  ensemble                    p_vrf = omega p_ft + (1 - omega) p_zs                        ensemble
-    Eq. (6)  weight                      omega(x) = sigmoid(-(d(x) - a) / b)                          ft_weight
-Symbols: f_zs, f_ft logits and p_zs, p_ft probabilities of the two models; v unit feature of the fine-tuned model;
-    V bank of the failures' features; omega weight of the fine-tuned model; a, b > 0; T_zs, T_ft temperatures.
+    Eq. (1)  output-space ensemble OSE   alpha p_ft + (1 - alpha) p_zs                  ensemble
+    Eq. (2)  weight-space ensemble WSE   (1 - alpha) theta_zs + alpha theta_ft   weight_ensemble
+    Eq. (3)  zero-shot failures          V = {v_i : y_i = argmax f_ft(x_i),
+                                              y_i != argmax f_zs(x_i)}        zero_shot_failures
+    Eq. (4)  distance                    d(x) = ||v - v_(k)||_2, k-th nearest of V  knn_distance
+    Eq. (5)  ensemble                    p_vrf = omega p_ft + (1 - omega) p_zs          ensemble
+    Eq. (6)  weight                      omega(x) = sigmoid(-(d(x) - a) / b)           ft_weight
+Symbols: f_zs, f_ft logits and p_zs, p_ft probabilities of the two models; v unit feature of the
+    fine-tuned model; V bank of the failures' features; omega weight of the fine-tuned model;
+    a, b > 0; T_zs, T_ft temperatures.
 
 Deviations (released code: knn_distance.py, models/calibration.py, main.py, baselines.py)
-    1. From the paper, with the code: d is squared (faiss IndexFlatL2), to which a = 1.5, b = 0.6 belong; --distance l2.
-       The paper's own a, b differ: Table 7 has b = 0.5 for ViT-B/16, Table 10 has 61.8 at (1.5, 0.6), 61.7 at (1.5, 0.5).
-    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule paper, the default
-       for shapes and folder, where the code's k would be near |V|. From both: k is kept within [1, |V|], and where V
-       is empty VRF is OSE, with a warning.
-    3. From the paper, with the code: logits are first divided by temperatures at which mean confidence equals accuracy;
-       --no-calibrate. Ours is a bisection, theirs an unbounded interpolation search with tolerance 0.001.
-    4. From the code: everything is chosen on held-out training images (2% of ImageNet's, 10% of a set without a
-       validation split), which are not in V either, not on the ID test set; --select-on-test. OSE's and WSE's alpha are
-       of 0, 0.1, ..., 1 as in the paper; the code's of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
-    5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From both: what is chosen is not
-       the best held-out accuracy (--choose best), which is ID accuracy and prefers the fine-tuned model: of the
-       candidates within one standard error of it, the one whose mean weight is nearest 0.5.
-    6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe and its deviations (header of
-       wise_ft.py); theirs is WiSE-FT's checkpoint.
-    7. Figure 1b: bins of equal count over all test images; the paper's are windows d +- 0.1, a curve a test set.
-    8. knn_distance ranks in fp32: of neighbours whose d differs by less than about 1e-6 either may be the k-th.
+    1. From the paper, with the code: d is squared (faiss IndexFlatL2), to which a = 1.5, b = 0.6
+       belong; --distance l2. The paper's own values differ: b = 0.5 for ViT-B/16 in Table 7, and
+       in Table 10 61.8 on the shifts at (1.5, 0.6), 61.7 at (1.5, 0.5); a = b = 0.3 for CIFAR-10.
+    2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule
+       paper, the default for shapes and folder, where the code's k would be near |V|. From both:
+       k is kept within [1, |V|], and where V is empty VRF is OSE, with a warning.
+    3. From the paper, with the code: logits are first divided by temperatures at which mean
+       confidence equals accuracy; --no-calibrate. Ours is a bisection, theirs an unbounded
+       interpolation search that stops within 0.001 of the accuracy.
+    4. From the code: everything is chosen on held-out training images (2% of ImageNet's, 10% of
+       a set without a validation split), which are not in V either, not on the ID test set;
+       --select-on-test. OSE's and WSE's alpha are of 0, 0.1, ..., 1 as in the paper; the code's
+       of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
+    5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From
+       both: what is chosen is not the best held-out accuracy (--choose best), which is ID
+       accuracy and prefers the fine-tuned model: of the candidates within one standard error of
+       it, the one whose mean weight is nearest 0.5.
+    6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe and its
+       deviations (header of wise_ft.py); theirs is WiSE-FT's checkpoint.
+    7. Figure 1b: bins of equal count over all test images; the paper's are windows d +- 0.1, a
+       curve a test set (App. C.7).
+    8. knn_distance ranks in fp32: see there.
 
 Usage
-    python vrf.py                                                     # the embedded data, fine-tunes first
-    python vrf.py --finetuned runs/wise_ft-shapes-s0/fine-tuned       # on any run's model, here before the averaging
-    python vrf.py --data imagenet --data-dir ~/data                   # the paper's main experiment
-    python vrf.py --finetuned runs/vrf-shapes-s0 --predict MY_IMAGES  # path, class, probability, d, omega a line
-Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on ImageNet / mean of 5 shifts (not run by us):
-    zero-shot 68.3/58.4, fine-tuned 81.3/53.7, WSE 82.5/60.6, OSE 82.2/60.2, VRF 82.3/61.8.
+    python vrf.py                                                # embedded data, fine-tunes first
+    python vrf.py --finetuned runs/wise_ft-shapes-s0/fine-tuned  # a run, or MINE.pt with --data
+    python vrf.py --data imagenet --data-dir ~/data              # the paper's main experiment
+    python vrf.py --finetuned runs/vrf-shapes-s0 --predict MY_IMAGES  # with d and omega a line
+Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on ImageNet / mean of five
+    shifts (not run by us): zero-shot 68.3/58.4, fine-tuned 81.3/53.7, WSE 82.5/60.6 (alpha 0.7,
+    chosen on ID), OSE 82.2/60.2, VRF 82.3/61.8.
 """
 import argparse
 import copy
@@ -331,7 +339,7 @@ def fine_tune(setup, zero_shot, out):
 
 
 def two_models(setup):
-    """(zero-shot, fine-tuned) of --finetuned, or trained now; makes the run and leaves both there."""
+    """(zero-shot, fine-tuned), of --finetuned or trained now; leaves both in the new run."""
     if setup.args.finetuned != "none":
         zero_shot, fine_tuned = common.load_finetuned(setup)
         setup.out = common.run_folder(setup.args)
@@ -434,9 +442,10 @@ def leave(setup, bank, state, tests, results, curves):
     common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
     plot_ratio(tests.values(), state, setup.out / "ratio.png")
     rows = {row: results[row] for row in ("zero-shot", "fine-tuned", "VRF")}
+    points = common.plane(rows, setup.measure)
     lines = {r"OSE, $\alpha$ from 0 to 1": curves["ose_curve"].values(),
              r"WSE, $\alpha$ from 0 to 1": curves["wse_curve"].values()}
-    common.plot_plane(rows, setup, lines)  # the paper's Figure 1a
+    common.plot_plane(points, setup, lines)  # the paper's Figure 1a
 
 
 def predict(args):

@@ -1,15 +1,17 @@
 """All four methods on one data set over several seeds: the README's tables and figure.
 
-    python tests/results.py                                        # runs on shapes, five seeds
-    python tests/results.py --data folder --data-dir MY_IMAGES     # the same comparison on your own images
-    python tests/results.py --from tests/results.json              # print the tables of the committed scores, run nothing
-Runs go to --out; finished ones are not run again. --json FILE keeps the scores. Other flags go to every script.
+    python tests/results.py                                      # runs on shapes, five seeds
+    python tests/results.py --data folder --data-dir MY_IMAGES   # the same on your own images
+    python tests/results.py --from tests/results.json            # print committed scores
+Runs go to --out; finished ones are not run again. --json FILE keeps the scores. Other flags go to
+every script.
 """
 import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -18,17 +20,20 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 LAMBDAS = [2, 3, 5]  # of DRM, beside its default 1
-MAIN = ["zero-shot", "fine-tuned (unit head)", "Lipsum-FT", "Lipsum-FT + WiSE 0.5", "fine-tuned (folded head)", "WiSE-FT 0.5",
-        "WSE, held-out alpha", "OSE, held-out alpha", "VRF", "VRF on Lipsum-FT", "zero-shot cd", "ERM df", "ERM mixture",
-        "DRM df", "DRM cd", "DRM mixture", "DRM + WiSE 0.5 mixture"]
+MAIN = ["zero-shot", "fine-tuned (unit head)", "Lipsum-FT", "Lipsum-FT + WiSE 0.5",
+        "fine-tuned (folded head)", "WiSE-FT 0.5", "WSE, held-out alpha", "OSE, held-out alpha",
+        "VRF", "VRF on Lipsum-FT", "zero-shot cd", "ERM df", "ERM mixture", "DRM df", "DRM cd",
+        "DRM mixture", "DRM + WiSE 0.5 mixture"]
+PLANE = ["zero-shot", "fine-tuned (unit head)", "Lipsum-FT", "Lipsum-FT + WiSE 0.5", "WiSE-FT 0.5",
+         "VRF", "VRF on Lipsum-FT", "ERM df", "DRM mixture", "DRM + WiSE 0.5 mixture"]
 
 
 def run(out, script, *flags):
-    """results.json of a run, which is made, resumed or found in `out`; None if the data has no descriptions."""
+    """results.json of a run, made, resumed or found in `out`; None without descriptions."""
     if not (out / "results.json").exists():
         again = ["--resume", out] if (out / "args.json").exists() else [*flags, "--out", out]
-        command = [sys.executable, ROOT / script, *again]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        command = [str(word) for word in (sys.executable, ROOT / script, *again)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if "brings no descriptions" in done.stderr:
             print("no descriptions.json in the data: DRM is left out", file=sys.stderr)
             return None
@@ -45,131 +50,158 @@ def compare(seed, out, flags):
     wise = run(out / f"wise-{seed}", "wise_ft.py", *flags, "--select")
     vrf = run(out / f"vrf-{seed}", "vrf.py", "--finetuned", out / f"wise-{seed}" / "fine-tuned")
     both = run(out / f"vrf-lipsum-{seed}", "vrf.py", "--finetuned", out / f"lipsum-{seed}")
-    drm = {"": run(out / f"drm-{seed}", "drm.py", *flags, "--alpha", 0.5, "--baseline")}
-    if drm[""]:
+    drm = {"DRM": run(out / f"drm-{seed}", "drm.py", *flags, "--alpha", 0.5, "--baseline")}
+    if drm["DRM"]:
+        flags.append("--no-baseline")
         for lam in LAMBDAS:
-            drm[f" lambda {lam}"] = run(out / f"drm-{seed}-lam{lam}", "drm.py", *flags, "--lam", lam, "--no-baseline")
+            path = out / f"drm-{seed}-lam{lam}"
+            drm[f"DRM lambda {lam}"] = run(path, "drm.py", *flags, "--lam", lam)
         for kind in ("softmax", "onehot"):
-            drm[f" {kind}"] = run(out / f"drm-{seed}-{kind}", "drm.py", *flags, "--targets", kind, "--no-baseline")
+            path = out / f"drm-{seed}-{kind}"
+            drm[f"DRM {kind}"] = run(path, "drm.py", *flags, "--targets", kind)
 
-    names = {"fine-tuned": "fine-tuned (unit head)"}
-    rows = {names.get(row["name"], row["name"]): row for row in lipsum["rows"]}
-    for row in wise["rows"]:
-        rows.setdefault({"fine-tuned": "fine-tuned (folded head)"}.get(row["name"], row["name"]), row)
-    for row in vrf["rows"][2:]:
-        rows[{"OSE": "OSE, held-out alpha", "WSE": "WSE, held-out alpha"}.get(row["name"], row["name"])] = row
+    rows = {}  # of rows that several runs have, the first counts
+    for results, names in ((lipsum, {"fine-tuned": "fine-tuned (unit head)"}),
+                           (wise, {"fine-tuned": "fine-tuned (folded head)"}),
+                           (vrf, {"fine-tuned": "fine-tuned (folded head)",
+                                  "OSE": "OSE, held-out alpha", "WSE": "WSE, held-out alpha"})):
+        for row in results["rows"]:
+            rows.setdefault(names.get(row["name"], row["name"]), row)
     rows["VRF on Lipsum-FT"] = both["rows"][-1]
-    for suffix, found in drm.items():
-        for row in found["rows"] if found else []:
-            rows.setdefault(row["name"].replace("DRM", f"DRM{suffix}"), row)
-    chosen = {"wise_alpha": wise["saved_alpha"], "ose_curve": vrf["ose_curve"], "vrf": vrf["vrf"]}
-    scores = {name: {test: shorter(values) for test, values in row["tests"].items()} for name, row in rows.items()}
-    return {"measure": wise["measure"], "rows": scores, **chosen}
+    for name, results in drm.items():
+        for row in results["rows"] if results else []:
+            rows.setdefault(row["name"].replace("DRM", name), row)
+    scores = {}
+    for name, row in rows.items():
+        scores[name] = {test: rounded(values) for test, values in row["tests"].items()}
+    return {"measure": wise["measure"], "rows": scores, "wise_alpha": wise["saved_alpha"],
+            "ose_curve": vrf["ose_curve"], "vrf": vrf["vrf"]}
 
 
-def shorter(values):
+def rounded(values):
     return {key: round(value, 4) for key, value in values.items()}
 
 
 class Table:
     """Means and deviations over seeds: mean[row][column], deviation[row][column]."""
+    shown = ["ID", "OOD", "NLL", "NLL OOD", "ECE", "ECE OOD"]
 
     def __init__(self, runs):
         self.measure = runs[0]["measure"]
-        id_test, *self.shifts = self.measure
-        self.columns = ["ID", "OOD", *self.shifts, "NLL", "NLL OOD", "ECE", "ECE OOD"]
         self.mean, self.deviation = {}, {}
         for name in runs[0]["rows"]:
-            values = np.array([self.cells(run["rows"][name]) for run in runs])
-            self.mean[name] = dict(zip(self.columns, values.mean(0)))
-            self.deviation[name] = dict(zip(self.columns, values.std(0, ddof=len(runs) > 1)))
+            cells = [self.cells(run["rows"][name]) for run in runs]
+            self.mean[name], self.deviation[name] = {}, {}
+            for column in cells[0]:
+                values = [cell[column] for cell in cells]
+                self.mean[name][column] = np.mean(values)
+                self.deviation[name][column] = np.std(values, ddof=len(runs) > 1)
 
     def cells(self, tests):
-        found = list(common.id_ood(tests, self.measure)) + [tests[shift][self.measure[shift]] for shift in self.shifts]
-        for metric in ("nll", "ece"):
-            found += common.id_ood(tests, dict.fromkeys(self.measure, metric))
-        return [np.nan if value is None else value for value in found]
+        """{column: value}; beside what is shown, each shift."""
+        found = {shift: tests[shift][self.measure[shift]] for shift in list(self.measure)[1:]}
+        for title, metric in (("", None), ("NLL", "nll"), ("ECE", "ece")):
+            measure = dict.fromkeys(self.measure, metric) if metric else self.measure
+            in_distribution, shifts = common.id_ood(tests, measure)
+            found[title or "ID"] = in_distribution
+            found[f"{title} OOD".strip()] = np.nan if shifts is None else shifts
+        return found
 
     def lines(self):
-        yield "| | " + " | ".join(self.columns) + " |"
-        yield "|---" + "|---" * len(self.columns) + "|"
+        yield "| | " + " | ".join(self.shown) + " |"
+        yield "|---" + "|---" * len(self.shown) + "|"
         for name in MAIN:
             if name in self.mean:
                 cells = []
-                for column in self.columns:
+                for column in self.shown:
                     digits = 2 if column.startswith("NLL") else 1
-                    cells.append(f"{self.mean[name][column]:.{digits}f} ± {self.deviation[name][column]:.{digits}f}")
+                    mean, deviation = self.mean[name][column], self.deviation[name][column]
+                    cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
                 yield f"| {name} | " + " | ".join(cells) + " |"
-        others = [f"{name} {row['ID']:.1f} / {row['OOD']:.1f}" for name, row in self.mean.items() if name not in MAIN]
-        yield f"\nID / OOD of the other rows: {'; '.join(others)}."
+        others = [f"{name} {row['ID']:.1f} / {row['OOD']:.1f}" for name, row in self.mean.items()
+                  if name not in MAIN]
+        yield f"\nID / OOD of other rows: {'; '.join(others)}."
 
 
-def differences(table, runs, seeds):
+def differences(table, runs):
     """Lines: what each method gains, in points."""
-    ID, OOD = ({name: row[key] for name, row in table.mean.items()} for key in ("ID", "OOD"))
+    ID = {name: row["ID"] for name, row in table.mean.items()}
+    OOD = {name: row["OOD"] for name, row in table.mean.items()}
     unit, folded, wise = "fine-tuned (unit head)", "fine-tuned (folded head)", "WiSE-FT 0.5"
 
     def kept(name, end):
         return 100 * (ID[name] - ID["zero-shot"]) / (ID[end] - ID["zero-shot"])
-    yield f"\nSeeds {seeds}. Differences in points:"
-    yield f"- fine-tuning (unit head): ID {ID[unit] - ID['zero-shot']:+.1f}, OOD {OOD[unit] - OOD['zero-shot']:+.1f} against zero-shot"
-    yield f"- Lipsum-FT: keeps {kept('Lipsum-FT', unit):.0f}% of the ID gain, OOD {OOD['Lipsum-FT'] - OOD[unit]:+.1f} against fine-tuning"
-    yield (f"- {wise}: OOD {OOD[wise] - max(OOD['zero-shot'], OOD[folded]):+.1f} against the better end, "
-           f"{kept(wise, folded):.0f}% of the ID gain; --select chose {[run['wise_alpha'] for run in runs]}")
-    curve = {alpha: np.mean([run["ose_curve"][alpha] for run in runs], axis=0) for alpha in runs[0]["ose_curve"]}
-    rivals = [point[1] for point in curve.values() if point[0] >= ID["VRF"]]
-    against = f"{OOD['VRF'] - max(rivals):+.1f} against the best OSE of equal or better ID" if rivals else "no OSE has its ID"
-    ose = "OSE, held-out alpha"
-    yield (f"- VRF: OOD {against}, {OOD['VRF'] - OOD[ose]:+.1f} against OSE with held-out alpha (ID {ID['VRF'] - ID[ose]:+.1f}); "
-           f"k {[run['vrf']['k'] for run in runs]}, |V| {[run['vrf']['failures'] for run in runs]}")
+
+    def gain(name, other):
+        return f"ID {ID[name] - ID[other]:+.1f}, OOD {OOD[name] - OOD[other]:+.1f}"
+    yield f"\n- fine-tuning (unit head) against zero-shot: {gain(unit, 'zero-shot')}"
+    yield (f"- Lipsum-FT keeps {kept('Lipsum-FT', unit):.0f}% of the ID gain; against fine-tuning: "
+           f"{gain('Lipsum-FT', unit)}")
+    best = max("zero-shot", folded, key=OOD.get)
+    yield (f"- {wise} keeps {kept(wise, folded):.0f}%; against the end that is better on the "
+           f"shifts: OOD {OOD[wise] - OOD[best]:+.1f}; --select chose "
+           f"{[run['wise_alpha'] for run in runs]}")
+    points = [np.mean([run["ose_curve"][alpha] for run in runs], axis=0)
+              for alpha in runs[0]["ose_curve"]]
+    rivals = [ood for in_distribution, ood in points if in_distribution >= ID["VRF"]]
+    against = f"OOD {OOD['VRF'] - max(rivals):+.1f}" if rivals else "no OSE has its ID"
+    yield (f"- VRF against OSE with held-out alpha: {gain('VRF', 'OSE, held-out alpha')}; against "
+           f"the best OSE of equal or better ID: {against}")
     if "DRM mixture" in ID:
-        yield (f"- DRM mixture against the ERM (FLYP) df head: OOD {OOD['DRM mixture'] - OOD['ERM df']:+.1f}, "
-               f"ID {ID['DRM mixture'] - ID['ERM df']:+.1f}; df against cd: ID {ID['DRM df'] - ID['DRM cd']:+.1f}, "
-               f"OOD {OOD['DRM df'] - OOD['DRM cd']:+.1f}")
+        yield (f"- DRM mixture against the ERM (FLYP) df head: {gain('DRM mixture', 'ERM df')}; "
+               f"DRM df against cd: {gain('DRM df', 'DRM cd')}")
         lambdas = ["DRM mixture", *(f"DRM lambda {lam} mixture" for lam in LAMBDAS)]
-        yield "- DRM mixture, lambda 1, 2, 3, 5: OOD " + ", ".join(f"{OOD[name]:.1f}" for name in lambdas)
-    if "recolor" in table.measure:
-        cells = table.mean["zero-shot"], table.mean["zero-shot cd"]
-        yield ("- zero-shot, ID to recolor: df head {:+.1f}, cd head {:+.1f}".format(*[c["recolor"] - c["ID"] for c in cells]))
+        values = [f"{ID[name]:.1f} / {OOD[name]:.1f}" for name in lambdas]
+        yield f"- DRM mixture at lambda 1, 2, 3, 5: {', '.join(values)}"
+
+
+def show(experiment, plane=None):
+    runs = list(experiment["runs"].values())
+    table = Table(runs)
+    print(*table.lines(), *differences(table, runs), sep="\n")
+    if plane:
+        draw(table, runs, plane)
 
 
 def draw(table, runs, path):
-    names = ["zero-shot", "fine-tuned (unit head)", "Lipsum-FT", "Lipsum-FT + WiSE 0.5", "WiSE-FT 0.5", "VRF",
-             "VRF on Lipsum-FT", "ERM df", "DRM mixture", "DRM + WiSE 0.5 mixture"]
-    points = {name: (table.mean[name]["ID"], table.mean[name]["OOD"]) for name in names if name in table.mean}
-    ose = [np.mean([run["ose_curve"][alpha] for run in runs], axis=0) for alpha in runs[0]["ose_curve"]]
-    line = ["zero-shot", *(name for name in table.mean if name.startswith("WiSE-FT")), "fine-tuned (folded head)"]
-    wise = [(table.mean[name]["ID"], table.mean[name]["OOD"]) for name in line]
-    common.plot_plane(points, {r"OSE, $\alpha$ 0 to 1": ose, r"WiSE-FT, $\alpha$ 0 to 1": wise}, table.measure, path)
-
-
-def show(experiment, path=None):
-    runs, seeds = list(experiment["runs"].values()), [int(seed) for seed in experiment["runs"]]
-    table = Table(runs)
-    print(*table.lines(), *differences(table, runs, seeds), sep="\n")
-    if path:
-        draw(table, runs, path)
+    def point(name):
+        return table.mean[name]["ID"], table.mean[name]["OOD"]
+    points = {name: point(name) for name in PLANE if name in table.mean}
+    wise = [name for name in table.mean if name.startswith("WiSE-FT")]
+    curves = {r"OSE, $\alpha$ 0 to 1": [], r"WiSE-FT, $\alpha$ 0 to 1": []}
+    ose, line = curves.values()
+    for alpha in runs[0]["ose_curve"]:
+        ose.append(np.mean([run["ose_curve"][alpha] for run in runs], axis=0))
+    for name in ("zero-shot", *wise, "fine-tuned (folded head)"):
+        line.append(point(name))
+    setup = SimpleNamespace(measure=table.measure, out=path.parent)
+    common.plot_plane(points, setup, curves, path.name)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     p.add_argument("--out", type=Path)
     p.add_argument("--json", type=Path, help="file to which the scores are added")
-    p.add_argument("--from", type=Path, dest="scores", help="scores to print instead of running")
+    p.add_argument("--plane", type=Path, help="PNG of the figure")
+    p.add_argument("--from", type=Path, dest="scores", help="scores to print, nothing is run")
     args, flags = p.parse_known_args()
     if args.scores:
         for name, experiment in json.loads(args.scores.read_text()).items():
             print(f"\n## {name}\n")
-            show(experiment)
+            show(experiment, args.plane)
+            args.plane = None  # of the first
         return
-    out = args.out or Path("runs/results" + "".join(flags).replace("--", "-").replace("/", "_"))  # other flags, other runs
-    experiment = {"runs": {str(seed): compare(seed, out, flags) for seed in args.seeds}}
+    name = " ".join(flags) or "shapes"  # other flags, other runs
+    out = args.out or Path("runs/results" + name.replace(" ", "").replace("/", "_"))
+    runs = {str(seed): compare(seed, out, flags) for seed in args.seeds}
     if args.json:
         known = json.loads(args.json.read_text()) if args.json.is_file() else {}
-        known[" ".join(flags) or "shapes"] = experiment
-        args.json.write_text(json.dumps(known, separators=(",", ":")).replace('},"', '},\n"') + "\n")
-    show(experiment, out / "plane.png")
+        known[name] = {"runs": runs}
+        text = json.dumps(known, separators=(",", ":")).replace('},"', '},\n"')
+        args.json.write_text(text + "\n")
+    show({"runs": runs}, args.plane or out / "plane.png")
 
 
 if __name__ == "__main__":
