@@ -1,14 +1,21 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number  lines 62-511     all that an auditor of a method reads
-    Part 2  Files of a run            lines 512-1258   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1259-1891  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1892-2206  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2207-2450  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 69-518     all that an auditor of a method reads
+    Part 2  Files of a run            lines 519-1266   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1267-1899  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1900-2216  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2217-2460  `shapes` and its tiny CLIP
 
-Parts 2 to 5 decide which images, labels and flags a run has and what it leaves on the disk;
-nothing else in them changes a number. No part knows a method: losses, ensembles and equations
-are in wise_ft.py, lipsum_ft.py, vrf.py and drm.py.
+What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
+    read_image       PIL's decoder, RGB; no EXIF rotation
+    ImageSet         the draws of an augmentation depend on (seed, epoch, index) alone
+    hold_out         every class gives the same share, the same images in every run
+    compute_device   bf16 (else fp16) towers on CUDA, fp32 elsewhere; TF32 off with fp32
+    load_clip        weights with requires_grad, QuickGELU as they were trained with
+    training_steps   --steps, or epochs x images / batch rounded up; warm-up rounded down
+    id_ood           OOD is the mean over the shifts, each in its own metric
+No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
+and drm.py.
 
 Symbols in all files: F image tower, s = exp(logit_scale), W (C, D) text head, z = s F(x) W^T
 logits; B batch, C classes, D embedding width. Features are unit-norm fp32; mixed precision
@@ -66,7 +73,7 @@ class Setup:
     """What every run starts from: start, run_folder, train, evaluate, finish."""
     args: argparse.Namespace
     data: "Data"             # class names, templates, training, held-out and test images
-    clip: nn.Module          # the pre-trained open_clip model, never trained in place
+    clip: nn.Module          # the pre-trained open_clip model, copied to be trained
     tokenizer: object
     device: torch.device
     amp: torch.dtype | None  # of the towers; None is fp32
@@ -122,7 +129,7 @@ def start(args):
 # ---- CLIP and its heads ----
 
 def encode_texts(clip_model, tokens):
-    """G(t): unit-norm text features (m, D), fp32, of tokens (m, n).
+    """G(t): unit-norm text features (m, D), fp32, of tokens (m, n), in the caller's autocast.
 
     Computed up to the longest text's end only, which is exact: attention is causal, and the
     feature is read at EOT, the largest id. A tower without these two properties encodes its
@@ -155,15 +162,15 @@ def zero_shot_head(clip_model, tokenizer, classnames, templates):
     Source: wise-ft src/models/zeroshot.py; equal to open_clip.build_zero_shot_classifier, which
     returns (D, C) and encodes all positions. templates: strings with one {}, or functions.
     """
-    device, rows = clip_model.logit_scale.device, []
+    device, heads = clip_model.logit_scale.device, []
     for first in range(0, len(classnames), 10):
         texts = []
         for name in classnames[first:first + 10]:
             texts += [t.format(name) if isinstance(t, str) else t(name) for t in templates]
         features = encode_texts(clip_model, tokenizer(texts).to(device))
         mean = features.reshape(-1, len(templates), features.shape[1]).mean(dim=1)
-        rows.append(mean / mean.norm(dim=1, keepdim=True))
-    return torch.cat(rows)
+        heads.append(mean / mean.norm(dim=1, keepdim=True))
+    return torch.cat(heads)
 
 
 class ImageClassifier(nn.Module):
@@ -217,8 +224,8 @@ class Batch(NamedTuple):
 class ShuffledEpochs(torch.utils.data.Sampler):
     """Shuffled epochs end to end, cut into full batches: lists of (epoch, index) for this rank.
 
-    Step t covers positions t G .. (t+1) G - 1 of the stream, G = --batch-size. Its images do not
-    depend on how G is split into parts for ranks and --accum, and a run goes on from any step.
+    Step t covers positions t B .. (t+1) B - 1 of the stream, B = --batch-size. Its images do not
+    depend on how B is split into parts for ranks and --accum, and a run goes on from any step.
     """
 
     def __init__(self, n, args, first, last):
@@ -264,7 +271,7 @@ def image_transform(preprocess, augment="none"):
 
 
 def normalized(pixels, preprocess):
-    """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std, as open_clip's transform, bit for bit."""
+    """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std, as open_clip's transform."""
     mean = torch.tensor(preprocess.mean, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(preprocess.std, device=pixels.device).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
@@ -281,7 +288,7 @@ def project(logits, classes):
 # ---- Training ----
 
 def learning_rate(step, total, peak, warmup):
-    """Linear warm-up for `warmup` steps, then cosine to 0 (wise-ft src/models/utils.py)."""
+    """Linear warm-up for `warmup` steps, then cosine towards 0 (wise-ft src/models/utils.py)."""
     warm = warmup_steps(total, warmup)  # below 1 it is a share of total
     if step < warm:
         return peak * (step + 1) / warm
@@ -349,7 +356,7 @@ def train(model, images, held_out, loss_fn, setup, out, predict=classify):
                 if args.keep == "best" and accuracy > best.get("accuracy", -1):
                     weights = {name: x.cpu().clone() for name, x in model.state_dict().items()}
                     best = {"accuracy": accuracy, "epoch": epoch, "model": weights}
-            # Only here does the host wait for the device.
+            # Between these moments the host never waits for the device.
             if ended or log.due(step, stopped):
                 stop = log.read(stopped)
                 if stop or checkpoint.due(args.save_every) or step + 1 == total:
@@ -400,7 +407,7 @@ def evaluate(rows, setup):
     """
     results = {}
     for test, images in setup.data.tests.items():
-        def scores(x, labels, images=images):
+        def scores(x, labels):
             found = {}
             for row, logits in rows(x, images.project).items():
                 for field, value in image_scores(logits, labels)._asdict().items():
@@ -418,7 +425,7 @@ def accuracies(rows, images, setup):
     def right(x, labels):
         return {row: z.argmax(1) == labels for row, z in rows(x, images.project).items()}
     found = collect(right, images, setup)
-    return {row: 100 * right.double().mean().item() for row, right in found.items()}
+    return {row: 100 * hits.double().mean().item() for row, hits in found.items()}
 
 
 def each(models):
@@ -482,8 +489,8 @@ def macro_f1(predicted, labels):
     f1 = []
     for c in labels.unique():
         true_positives = ((predicted == c) & (labels == c)).sum()
-        f1.append(2 * true_positives / ((predicted == c).sum() + (labels == c).sum()))
-    return torch.stack(f1).double().mean().item()
+        f1.append(2 * true_positives.double() / ((predicted == c).sum() + (labels == c).sum()))
+    return torch.stack(f1).mean().item()
 
 
 def worst_group_accuracy(correct, groups):
@@ -794,9 +801,9 @@ def open_log(path, first):
     for line in read_lines(path, optional=True):
         if line.endswith("}") and json.loads(line)["step"] < first:
             kept.append(line + "\n")
-    log = open(path, "w", encoding="utf-8")
-    log.writelines(kept)
-    return log
+    with atomic(path) as file:  # a kill before the next line must not lose these
+        file.write_text("".join(kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
 
 
 def peak_memory():
@@ -1102,8 +1109,9 @@ def finetuned_weights(setup):
         raise
     except Exception as error:  # a pickle that names code, a torn file, another kind of model
         raise Fail(f"--finetuned {path}: not a state dict or open_clip folder ({first_line(error)})"
-                   "; a pickled model is converted where it was trained: torch.save(torch.load("
-                   "'MODEL.pt', weights_only=False).state_dict(), 'STATE.pt')") from None
+                   "; a pickled model is converted where it was trained: torch.save(model."
+                   "state_dict(), 'STATE.pt') of model = torch.load('MODEL.pt', weights_only=False)"
+                   " or, from wise-ft, pickle.load(open('MODEL.pt', 'rb'))") from None
 
 
 def own_head(weights, setup):
@@ -1266,13 +1274,13 @@ class BrokenImage(Exception):
 
 
 def read_image(path):
-    """RGB image of a file, transparency dropped as open_clip's transform does; BrokenImage."""
+    """Image of a file, RGB or with transparency, which open_clip's transform drops; BrokenImage."""
     try:
         with Image.open(path) as image:
             image.load()
             if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy
+            return image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of PIL
         raise BrokenImage(f"{path}: cannot be read as an image ({str(error)[:100]})") from None
 
@@ -1639,8 +1647,8 @@ def report_transparent(splits):
             with suppress(*broken), Image.open(path) as image:
                 count += image.has_transparency_data
     if count:
-        say(f"{count:,} images are transparent: their hidden colours are used, as open_clip's "
-            "transform does")
+        say(f"{count:,} images are transparent: what is behind is shown as open_clip's transform "
+            "shows it")
 
 
 def imagenet_data(root, args):
@@ -1948,7 +1956,7 @@ def first_line(error):
 
 def nearest(word, words):
     """'did you mean X? ', or nothing, for an error message."""
-    close = difflib.get_close_matches(word, words, n=1)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.7)
     return f"did you mean {close[0]}? " if close else ""
 
 
@@ -2007,6 +2015,7 @@ class Parser(argparse.ArgumentParser):
         """{flag: value} of those that were given; --help shows the values of --data's recipe."""
         data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         data.add_argument("--data", default=self.defaults["data"])
+        data.error = self.error
         recipe = recipes.get(data.parse_known_args(argv)[0].data, {})
         for key, action in self.actions.items():
             action.help += f" (default: {recipe.get(key, self.defaults[key])})".replace("%", "%%")
@@ -2129,8 +2138,9 @@ def absolute_paths(given):
     model = given.get("model", "")
     if model.startswith("local-dir:"):
         given["model"] = f"local-dir:{Path(model[10:]).expanduser().resolve()}"
-    elif "/" in model and ":" not in model:  # OpenAI's name: ViT-B/16
-        given["model"] = model.replace("/", "-") + "-quickgelu"
+    elif "/" in model and ":" not in model:  # OpenAI's name: ViT-B/16, ViT-L/14@336px
+        name = model.replace("/", "-").replace("@", "-").removesuffix("px")
+        given["model"] = f"{name}-quickgelu"
     return given
 
 

@@ -24,7 +24,8 @@ Reconstructions:
     tau_xi    with the model's temperature, gamma is nearly 0 for nearly every image; --tau 1
               spreads it over [0, 1]
     Eq. (9)   the rest, 1 - gamma, is split by softmax over y != y_x of s A_0(x, t_y^cd)
-    captions  of FLYP's loss: each image has the default prompt of its class
+    captions  of FLYP's loss: each image has the default prompt of its class (FLYP: one of all
+              templates at random)
 
 Deviations
     1. From the paper's text (resize, centre crop), with the released transform: images are
@@ -34,15 +35,17 @@ Deviations
     3. The contrastive batch is that of all ranks, but with --accum it is one part of the step.
     4. p_c is that of the un-augmented training images, whose features F_0 are computed once.
     5. Early stopping chooses among the ends of epochs, by the mixture's accuracy on held-out
-       images: 2% of ImageNet's training images, 10% where there is no validation split. iWildCam
-       is measured by macro-F1; accuracy chooses.
+       images: 2% of ImageNet's and DomainNet's training images, 10% of CIFAR-10's and of a folder
+       without val/. iWildCam is measured by macro-F1; accuracy chooses.
     6. lambda is 1, not chosen from 1 to 5 by validation. --alpha is the weight of the fine-tuned
        model, 1 - rho, and not chosen by validation.
-    7. A text that is longer than the context is refused, where the released code cuts it.
+    7. A text that is longer than the context is refused; the released code cuts it, end token
+       included.
        Descriptions are joined by name where names are unique, by position else; the code always
        joins by position.
     8. --no-tune-text trains the image tower alone, with s and both heads frozen.
-    9. --data shapes, folder and the sets that RECIPES marks use recipes of their own.
+    9. --print-prompt asks for what App. C asks, in other words. WRM alone (ablation d3) is absent.
+   10. --data shapes, folder and the sets marked in RECIPES have recipes of their own.
 
 Usage
     python drm.py                                               # the embedded data
@@ -51,7 +54,7 @@ Usage
     python drm.py --data folder --data-dir MY_IMAGES --print-prompt     # ask any LLM for them
     python drm.py --data imagenet --descriptions DRM/prompts/imagenet_cd.json  # the authors'
     python drm.py --finetuned runs/drm-shapes-s0 --predict MY_IMAGES    # class, probability
-Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not run by us):
+Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not run by us), beta 0.5:
     ImageNet 82.05, V2 73.43, R 77.82, A 53.53, Sketch 52.48; iWildCam macro-F1 .5353 ID / .4049
     OOD; FMoW .6857 ID / .4566 worst region OOD.
 """

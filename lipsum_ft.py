@@ -13,28 +13,29 @@ Symbols: F image tower, theta its weights (theta0: zero-shot), G frozen text tow
     unit-norm outputs; s = exp(logit_scale); x image, t text; M texts of L random tokens;
     v (B, M); lambda (--lam). The head is W with unit rows, trained, the frozen s outside.
 
-Deviations (lambda = 1, M = 80, L = 8 and the recipe are the defaults of the official code)
+Deviations (lambda = 1, M = 80 and L = 8 are the defaults of the official code)
     1. From the paper, with the code: v carries the factor s, so that lambda = 1 means s^2 = 10^4
        on raw cosines.
-    2. From the code: warm-up starts at lr / warm-up steps, not at 0.
+    2. From the code: warm-up starts at lr / warm-up steps, not at 0; where the number of steps is
+       not divisible by ten, the cosine takes one step more.
     3. From the code: both of Adam's moments are fp32, and the projections run in the towers'
        precision; there the first moment is bf16 (mu_dtype) and the projections are fp32.
     4. From the code: the model of the last step is kept, not the best on the test set; --keep
-       best is the epoch that is best on held-out training images, of which 2% of ImageNet's and
-       DomainNet's are (--holdout 0 trains on all, as theirs).
+       best keeps the epoch that is best on held-out training images: 2% of ImageNet's and
+       DomainNet's, 10% elsewhere. --holdout 0 trains on all images, as theirs.
     5. From the code: whole epochs are shuffled, not a buffer of 16 batches; crops are PIL's,
-       antialiased, after the flip, and may be of any shape within 8-100% of the area (theirs, of
-       tf.image, cover 10% of the image at least); evaluation uses CLIP's resize and centre crop.
+       antialiased, and come after the flip; they are 8-100% of the image, theirs 10-100%;
+       evaluation uses CLIP's resize and centre crop.
     6. From the code: NLL is exact; theirs adds 1e-8 to probabilities before the logarithm.
     7. From the code: with --augment none F_theta0(x) is computed once, equal up to rounding.
-    8. From both: --data shapes, folder and the sets that RECIPES marks use recipes of their own.
+    8. From both: --data shapes, folder and those marked in RECIPES have recipes of their own.
 
 Usage
     python lipsum_ft.py                                       # embedded data: minutes on a CPU
     python lipsum_ft.py --data folder --data-dir MY_IMAGES    # MY_IMAGES/train/CLASS/*.jpg, ...
     python lipsum_ft.py --data imagenet --data-dir ~/data     # the paper's main experiment
-Expected result: README.md, "Results"; ImageNet with ViT-B/16 in the authors' log (not run by us):
-    ImageNet 83.3, V2 73.6, R 75.9, A 49.9, Sketch 51.5.
+Expected result: README.md, "Results"; ViT-B/16 on ImageNet in the authors' log, one seed, the best
+    of its steps (not run by us): ImageNet 83.3, V2 73.6, R 75.9, A 49.9, Sketch 51.5.
 """
 import argparse
 from pathlib import Path

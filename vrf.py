@@ -25,18 +25,19 @@ Deviations (released code: knn_distance.py, models/calibration.py, main.py, base
     3. From the paper, with the code: logits are first divided by temperatures at which mean
        confidence equals accuracy; --no-calibrate. Ours is a bisection, theirs an unbounded
        interpolation search that stops within 0.001 of the accuracy.
-    4. From the code: everything is chosen on held-out training images (2% of ImageNet's, 10% of
-       a set without a validation split), which are not in V either, not on the ID test set;
-       --select-on-test. OSE's and WSE's alpha are of 0, 0.1, ..., 1 as in the paper; the code's
-       of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
+    4. From the code: everything is chosen on held-out training images (2% of ImageNet's and
+       DomainNet's, 10% of CIFAR-10's and of a folder without val/), which are not in V either,
+       not on the ID test set; --select-on-test. OSE's and WSE's alpha are of 0, 0.1, ..., 1 as
+       in the paper; the code's of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
     5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From
        both: what is chosen is not the best held-out accuracy (--choose best), which is ID
        accuracy and prefers the fine-tuned model: of the candidates within one standard error of
        it, the one whose mean weight is nearest 0.5.
     6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe and its
-       deviations (header of wise_ft.py); theirs is WiSE-FT's checkpoint.
-    7. Figure 1b: bins of equal count over all test images; the paper's are windows d +- 0.1, a
-       curve a test set (App. C.7).
+       deviations (header of wise_ft.py); theirs for ViT-B/16 is WiSE-FT's checkpoint, which
+       --finetuned takes as a state dict.
+    7. Figure 1b: bins of equal count over all test images; App. C.7 has windows d +- 0.1 and, in
+       Figure 13, a curve a test set.
     8. knn_distance ranks in fp32: see there.
 
 Usage
@@ -218,8 +219,9 @@ def outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder):
                 "logits_ft": images.project(logits_ft), "v": v}
     found = common.collect_once(outputs, [zero_shot, fine_tuned], images, setup, folder)
     place = setup.device if setup.device.type == "cuda" else torch.device("cpu")
-    d = distances(found["v"], bank, k, setup.args.distance, place)
-    return Outputs(*[x.to(place) for x in (*found.values(), d, images.labels)])
+    found["d"] = distances(found["v"], bank, k, setup.args.distance, place)
+    found["labels"] = images.labels
+    return Outputs(**{name: value.to(place) for name, value in found.items()})
 
 
 def distances(v, bank, k, kind, device):

@@ -17,22 +17,26 @@ Deviations
     1. From the code: --select chooses alpha on held-out training images; the official scripts
        show all alphas on the test sets and leave the choice to the reader. Without --select,
        alpha is 0.5.
-    2. From the code: 2% of ImageNet's training images, and 10% of a set without a validation
-       split, are held out for that; --holdout 0 trains on all, as theirs.
+    2. From the code: 2% of ImageNet's and DomainNet's training images, 10% of CIFAR-10's and of a
+       folder without val/, are held out for that, also without --select; --holdout 0 trains on
+       all, as theirs.
     3. From the code: bf16 or fp16 towers on CUDA; --precision fp32 is theirs.
     4. From the code: alpha 0 and 1 are the ends bit for bit, integer buffers are theta_1's; no
        Fisher-weighted merge.
     5. From the code: batches are always full (epochs end to end), so an epoch's last, smaller
        batch does not exist.
     6. From the code: few-shot subsets are seeded and shuffled, without warm-up unless --warmup
-       is given; theirs are drawn unseeded and visited in class order.
+       is given; theirs are drawn unseeded and visited in class order, and keep 500 warm-up steps
+       where the run has about 320.
     7. From the code: iWildCam and FMoW have one template each, DRM's; theirs have 2 and 16.
     8. From the paper, with the code: images are cropped to 90-100% of the area in any shape;
        the paper's D.2 takes a random square.
-    9. --freeze encoder: the rate is 0.1, VRF's text; the paper searches it (D.3). Its features
-       are computed once, so images are not augmented.
+    9. --freeze encoder: the rate of 0.1 and the batch of 512 are VRF's (App. C.1); the paper
+       searches 64 settings of rate and batch (D.3). Its features are computed once, so images
+       are not augmented.
    10. CIFAR-10, iWildCam and FMoW use the paper's default (D.2). --data shapes, folder and the
-       sets that RECIPES marks use recipes of their own.
+       sets marked in RECIPES have recipes of their own.
+   11. Absent: ImageNet-Vid-Robust and YTBB-Robust, Fisher and other merges, LP-FT.
 
 Usage
     python wise_ft.py                                        # embedded data: minutes on a CPU

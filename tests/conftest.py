@@ -1,4 +1,4 @@
-"""Small models and image trees for the tests, and a way to run a method as a user does."""
+"""Small models and image trees for the tests, and ways to run a method as a user does."""
 import contextlib
 import importlib
 import io
@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import open_clip
-import pytest
-import torch
-from PIL import Image
+# Before torch is imported: on a machine with a GPU the tests compute what they compute elsewhere.
+# TEST_GPU=1 shows the GPU to tests/test_gpu.py.
+if not os.environ.get("TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np  # noqa: E402
+import open_clip  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,7 +30,8 @@ def save_clip(path, config, seed=0):
     """A CLIP with random weights as an open_clip local directory."""
     torch.manual_seed(seed)
     path.mkdir(parents=True)
-    common.save_tensors(path / "open_clip_model.safetensors", open_clip.CLIP(**config).state_dict())
+    weights = open_clip.CLIP(**config).state_dict()
+    common.save_tensors(path / "open_clip_model.safetensors", weights)
     common.write_json(path / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
     return f"local-dir:{path}"
 
@@ -36,17 +42,19 @@ TEXT = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2)
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory):
     vision = dict(image_size=32, patch_size=8, width=64, head_width=32, layers=2)
-    return save_clip(tmp_path_factory.mktemp("vit") / "m", dict(embed_dim=32, vision_cfg=vision, text_cfg=TEXT))
+    config = dict(embed_dim=32, vision_cfg=vision, text_cfg=TEXT)
+    return save_clip(tmp_path_factory.mktemp("vit") / "m", config)
 
 
 @pytest.fixture(scope="session")
 def tiny_resnet(tmp_path_factory):
     vision = dict(image_size=32, layers=[1, 1, 1, 1], width=8, patch_size=None)
-    return save_clip(tmp_path_factory.mktemp("rn") / "m", dict(embed_dim=32, vision_cfg=vision, text_cfg=TEXT))
+    config = dict(embed_dim=32, vision_cfg=vision, text_cfg=TEXT)
+    return save_clip(tmp_path_factory.mktemp("rn") / "m", config)
 
 
 def write_tree(root, train=20, test=10, size=40, seed=0):
-    """A folder data set of JPEGs: three classes told apart by colour, one shift in which all is darker."""
+    """A folder data set of JPEGs: three classes told apart by colour, one shift, all darker."""
     rng = np.random.default_rng(seed)
     for split, n, light in (("train", train, 1.0), ("test", test, 1.0), ("shifts/dark", test, 0.4)):
         for name, colour in COLOURS.items():
@@ -54,7 +62,8 @@ def write_tree(root, train=20, test=10, size=40, seed=0):
             folder.mkdir(parents=True)
             for i in range(n):
                 pixels = light * (np.array(colour) + rng.normal(0, 25, (size, size, 3)))
-                Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{i:03d}.jpg")
+                pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:03d}.jpg")
     return root
 
 
@@ -69,21 +78,44 @@ def command(script, *flags):
 
 def run(script, *flags, cwd=None):
     """Run a method to its end in a process of its own; returns its results.json."""
-    done = subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True,
+                          timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     out = next(flags[i + 1] for i, f in enumerate(flags) if f in ("--out", "--resume"))
     return json.loads((Path(cwd or ".") / out / "results.json").read_text())
 
 
-def complaint(script, *flags):
-    """The line that a method ends with on a mistake, having checked the exit code; in this process, to be quick."""
-    method, stderr = importlib.import_module(script.removesuffix(".py")), io.StringIO()
-    with contextlib.redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
+def in_process(script, flags, stdout, stderr):
+    """Run a method's cli() in this process, which saves the seconds that imports take."""
+    method = importlib.import_module(script.removesuffix(".py"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(stdout))
+        stack.enter_context(contextlib.redirect_stderr(stderr))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", [script, *map(str, flags)])
-        with pytest.raises(SystemExit) as end:
-            common.cli(method.main)
-    lines = stderr.getvalue().strip().splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), stderr.getvalue()
-    return lines[0]
+        common.cli(method.main)
+
+
+def printed(script, *flags):
+    """What a method prints on stdout, run to its end in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        in_process(script, flags, out, err)
+    except SystemExit as end:  # --help
+        assert not end.code, err.getvalue()
+    return out.getvalue()
+
+
+def complaint(script, *flags):
+    """The line on stderr that a method ends with on a mistake, with exit code 2.
+
+    Before it there may be nothing but the held-out accuracies of a run that got so far.
+    """
+    stderr = io.StringIO()
+    with pytest.raises(SystemExit) as end:
+        in_process(script, flags, sys.stdout, stderr)
+    *before, last = stderr.getvalue().strip().splitlines()
+    assert end.value.code == 2 and last.startswith("error: "), stderr.getvalue()
+    assert all("of the held-out images are right" in line for line in before), stderr.getvalue()
+    return last

@@ -1,4 +1,4 @@
-"""The promises of the README that can be checked by reading the code: equation map, flags, imports, layout."""
+"""Promises that are checked by reading the code: equation map, flags, imports, layout."""
 import ast
 import importlib
 import inspect
@@ -7,26 +7,33 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
+
+import common
 
 METHODS = ["wise_ft", "lipsum_ft", "vrf", "drm"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STANDARD = {"argparse", "contextlib", "copy", "functools", "json", "sys", "warnings", "pathlib",
+            "typing"}
 
 
 def equation_map():
     """(equation, module, function) of each row of the README's equation map."""
     table = README.split("## Equation map")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
-    return [(row[1], *re.fullmatch(r"`(\w+)\.py:(\w+)`", row[2]).groups()) for row in rows]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    # A formula may hold \|, as in p(y\|x), which does not end a cell.
+    header, _, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+                        for line in lines]
+    rows = [dict(zip(header, row, strict=True)) for row in rows]
+    return [(row["equation"], *re.fullmatch(r"`(\w+)\.py:(\w+)`", row["here"]).groups())
+            for row in rows]
 
 
 def section(module, title):
     """Names of the functions between two banners of a method file."""
     text = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-    part = re.split(r"# -+ (.+?) -+ #?\n|# -+ (.+?) -+\n", text)
-    body = part[part.index(title) + 1:]
-    return re.findall(r"^def (\w+)", next(x for x in body if x), re.M)
+    parts = re.split(r"^# -+ (.+?) -+\n", text, flags=re.M)
+    return re.findall(r"^def (\w+)", parts[parts.index(title) + 1], re.M)
 
 
 def test_every_row_of_the_equation_map_names_a_function_that_says_so():
@@ -35,7 +42,8 @@ def test_every_row_of_the_equation_map_names_a_function_that_says_so():
     for equation, module, function in rows:
         docstring = inspect.getdoc(getattr(importlib.import_module(module), function))
         for name in re.split(r" and ", equation):
-            assert name.lower() in docstring.lower().replace("\n", " "), (module, function, name)
+            words = " ".join(docstring.lower().split())
+            assert name.lower() in words, (module, function, name)
 
 
 @pytest.mark.parametrize("module", METHODS)
@@ -47,42 +55,74 @@ def test_no_equation_function_is_missing_from_the_map(module):
 
 @pytest.mark.parametrize("module", METHODS)
 def test_every_flag_is_read_and_documented(module):
-    import common
-    method = importlib.import_module(module)
-    recorded = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "parse", lambda p, *_: recorded.append(p))
-        method.get_args()
+    method, parse, recorded = importlib.import_module(module), common.parse, []
+
+    def args_of(*argv):
+        """get_args() for a command line; the parser is recorded."""
+        def recording(p, *rest, **more):
+            recorded.append(p)
+            return parse(p, *rest, **more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "parse", recording)
+            patch.setattr("sys.argv", [f"{module}.py", *argv])
+            return method.get_args()
+    for data, recipe in method.RECIPES.items():  # a recipe or parse() gives every flag a value
+        args = vars(args_of("--data", data))
+        left = [flag for flag, value in args.items() if value is common.RECIPE]
+        assert not left and (args["steps"] is None) != (args["epochs"] is None), (data, left)
+        assert all(args[flag] == value for flag, value in recipe.items()), data
     p, source = recorded[0], inspect.getsource(common) + inspect.getsource(method)
     flags = set(p.defaults)
-    read = {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    read |= set(re.findall(r'getattr\(self\.args, "(\w+)"', source))
+    assert flags == args.keys() - {"method"}
+    read = {node.attr for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     assert flags <= read, flags - read
-    recipe = {k for r in method.RECIPES.values() for k in r}
-    assert recipe <= flags, recipe - flags
+    recipes = {flag for recipe in method.RECIPES.values() for flag in recipe}
+    assert recipes <= flags, recipes - flags
     text = " ".join(p.format_help().split())
     assert text.count("(default:") == len(flags)
-    for data, r in method.RECIPES.items():  # a recipe or parse() gives every flag a value
-        left = [f for f, v in p.defaults.items() if v is common.RECIPE and f not in r
-                and f not in ("model", "holdout", "steps", "epochs", "baseline")]
-        assert not left and ("steps" in r or "epochs" in r), (data, left)
 
 
 @pytest.mark.parametrize("module", METHODS)
-def test_a_method_imports_common_and_packages_only_and_its_equations_stand_alone(module):
-    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
-    imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    imported |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert imported <= {"argparse", "contextlib", "copy", "functools", "json", "sys", "warnings", "pathlib", "numpy", "torch", "common"}, imported
-    for n in tree.body:  # "copy a function": no equation needs common.py, args or a device
-        if isinstance(n, ast.FunctionDef) and n.name in section(module, "Equations"):
-            names = {x.id for x in ast.walk(n) if isinstance(x, ast.Name)}
-            assert not names & {"common", "args", "setup", "np"}, (n.name, names)
+def test_a_method_imports_common_and_packages_and_its_equations_stand_alone(module):
+    tree, imported = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("open_clip"):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    allowed = STANDARD | {"numpy", "torch", "common"}
+    if module == "drm":  # FLYP's loss is over the batch of all ranks
+        allowed.add("open_clip.loss.gather_features")
+    assert imported <= allowed, imported - allowed
+    for node in tree.body:  # "copy a function": no equation needs common.py, args or a device
+        if isinstance(node, ast.FunctionDef) and node.name in section(module, "Equations"):
+            names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+            assert not names & {"common", "args", "setup", "np"}, (node.name, names)
+
+
+def test_common_s_table_of_contents_is_right():
+    lines = (ROOT / "common.py").read_text(encoding="utf-8").splitlines()
+    contents = re.findall(r"^ +Part (\d) .* lines (\d+)-(\d+)\b", common.__doc__, re.M)
+    banners = [i for i, line in enumerate(lines, 1) if re.match(r"# =+ Part \d: ", line)]
+    assert len(contents) == len(banners) >= 5
+    for part, first, last in contents:
+        banner = banners[int(part) - 1]
+        assert lines[banner - 1].startswith("# ==") and f" Part {part}: " in lines[banner - 1]
+        assert int(first) == banner, (part, banner)
+        end = (banners[int(part):] or [len(lines) + 1])[0] - 1
+        assert int(last) == end, (part, end)
 
 
 def test_common_knows_no_method_and_the_top_level_is_as_designed():
-    code = "\n".join(line.split("#")[0] for line in (ROOT / "common.py").read_text(encoding="utf-8").splitlines())
+    text = (ROOT / "common.py").read_text(encoding="utf-8")
+    code = "\n".join(line.split("#")[0] for line in text.splitlines())
     assert not re.search(r"import (wise_ft|lipsum_ft|vrf|drm)\b", code)
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    top = {Path(name).parts[0] for name in tracked} - {".ci", ".gitignore"}
-    assert top == {"README.md", "requirements.txt", "LICENSE", "common.py", "tests", *(f"{m}.py" for m in METHODS)}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
+    top = {Path(name).parts[0] for name in listed.stdout.splitlines()}
+    top -= {".ci", ".github", ".gitignore", ".ruff.toml"}
+    assert top == {"README.md", "requirements.txt", "LICENSE", "common.py", "tests",
+                   *(f"{method}.py" for method in METHODS)}
