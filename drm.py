@@ -339,10 +339,10 @@ def cd_head(run, tensors):
 # ------------------------------------ Descriptions ------------------------------------
 
 REQUEST = """For each class below, describe in one sentence what makes it recognisable in any
-image: its shape, parts, texture and colours that belong to the thing itself. Leave out the class
-name, and all that may surround it: background, place, weather, season, other objects, style of
-the picture. At most 50 words each. Answer with one JSON object whose keys are exactly these class
-names and whose values are the descriptions, and nothing else.
+image: its shape, parts, texture and colours that belong to the thing itself.
+Leave out the class name, and all that may surround it: background, place, weather, season,
+other objects, style of the picture. At most 50 words each. Answer with one JSON object whose keys
+are exactly these class names and whose values are the descriptions, and nothing else.
 
 """
 

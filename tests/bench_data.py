@@ -98,8 +98,9 @@ def compare(args):
             ImageFolder(folder, float_transform(preprocess, args.augment)), args.batch_size,
             shuffle=True, drop_last=True, num_workers=args.workers,
             pin_memory=device.type == "cuda")
-        for args.seed in range(args.rounds + 1):  # round 0 fills the disk cache and is dropped
-            names = ["ours", "ImageFolder"] if args.seed % 2 else ["ImageFolder", "ours"]
+        for seed in range(args.rounds + 1):  # round 0 fills the disk cache and is dropped
+            args.seed = seed  # another order in every round
+            names = ["ours", "ImageFolder"] if seed % 2 else ["ImageFolder", "ours"]
             found = {}
             for name in names:  # who goes first changes
                 if name == "ours":

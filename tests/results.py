@@ -54,8 +54,10 @@ def compare(seed, out, flags):
     if drm["DRM"]:
         flags.append("--no-baseline")
         for lam in LAMBDAS:
-            path = out / f"drm-{seed}-lam{lam}"
-            drm[f"DRM lambda {lam}"] = run(path, "drm.py", *flags, "--lam", lam)
+            more = ["drm.py", *flags, "--lam", lam]
+            drm[f"DRM lambda {lam}"] = run(out / f"drm-{seed}-lam{lam}", *more)
+            half = run(out / f"drm-{seed}-lam{lam}-half", *more, "--beta", 0.5)
+            drm[f"DRM lambda {lam}, beta 0.5,"] = half
         for kind in ("softmax", "onehot"):
             path = out / f"drm-{seed}-{kind}"
             drm[f"DRM {kind}"] = run(path, "drm.py", *flags, "--targets", kind)
@@ -150,9 +152,10 @@ def differences(table, runs):
     if "DRM mixture" in ID:
         yield (f"- DRM mixture against the ERM (FLYP) df head: {gain('DRM mixture', 'ERM df')}; "
                f"DRM df against cd: {gain('DRM df', 'DRM cd')}")
-        lambdas = ["DRM mixture", *(f"DRM lambda {lam} mixture" for lam in LAMBDAS)]
-        values = [f"{ID[name]:.1f} / {OOD[name]:.1f}" for name in lambdas]
-        yield f"- DRM mixture at lambda 1, 2, 3, 5: {', '.join(values)}"
+        for beta, words in ((", beta 0.5,", "beta 0.5"), ("", "beta 1 / (1 + lambda)")):
+            lambdas = ["DRM mixture", *(f"DRM lambda {lam}{beta} mixture" for lam in LAMBDAS)]
+            values = [f"{ID[name]:.1f} / {OOD[name]:.1f}" for name in lambdas]
+            yield f"- DRM mixture at lambda 1, 2, 3, 5 and {words}: {', '.join(values)}"
 
 
 def show(experiment, plane=None):
