@@ -325,6 +325,7 @@ def plot_ratio(tests, state, path, bins=12):
     twin.set(ylabel=r"weight $\omega$ of the fine-tuned model", ylim=(0, 1))
     figure.legend(handles=points + curve, loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 # ---------------------------------------- main ----------------------------------------

@@ -227,6 +227,7 @@ def plot_curve(results, alphas, chosen, setup):
         scale_by_logit(ax, points)
     ax.legend()
     figure.savefig(setup.out / "curve.png", dpi=150)
+    plt.close(figure)
 
 
 def scale_by_logit(ax, points):

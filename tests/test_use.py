@@ -250,7 +250,7 @@ def test_vrf_runs_on_a_state_dict_to_its_table(foreign, tmp_path):
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(foreign, tmp_path):
     (tmp_path / "torn.pt").write_bytes((foreign.tmp / "clip.pt").read_bytes()[:1000])
-    for path, words in ((foreign.tmp / "pickle.pt", "torch.save(torch.load("),
+    for path, words in ((foreign.tmp / "pickle.pt", "torch.save(model.state_dict()"),
                         (tmp_path / "torn.pt", "not a state dict"),
                         (foreign.tree, "not a state dict or open_clip folder"),
                         (tmp_path / "nowhere", "not found")):
