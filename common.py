@@ -1,19 +1,20 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number  lines 69-518     all that an auditor of a method reads
-    Part 2  Files of a run            lines 519-1266   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1267-1899  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1900-2216  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2217-2460  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 70-519     all that an auditor of a method reads
+    Part 2  Files of a run            lines 520-1268   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1269-1901  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1902-2219  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2220-2463  `shapes` and its tiny CLIP
 
 What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
-    read_image       PIL's decoder, RGB; no EXIF rotation
-    ImageSet         the draws of an augmentation depend on (seed, epoch, index) alone
-    hold_out         every class gives the same share, the same images in every run
-    compute_device   bf16 (else fp16) towers on CUDA, fp32 elsewhere; TF32 off with fp32
-    load_clip        weights with requires_grad, QuickGELU as they were trained with
-    training_steps   --steps, or epochs x images / batch rounded up; warm-up rounded down
-    id_ood           OOD is the mean over the shifts, each in its own metric
+    read_image         PIL's decoder; transparency is dropped after the resize; no EXIF rotation
+    ImageSet           the draws of an augmentation depend on (seed, epoch, index) alone
+    hold_out           every class gives the same share, the same images in every run
+    compute_device     bf16 (else fp16) towers on CUDA, fp32 elsewhere; TF32 off with fp32
+    load_clip          weights with requires_grad, QuickGELU as they were trained with
+    shrink_vocabulary  token embeddings that no text uses are not trained
+    training_steps     --steps, or epochs x images / batch rounded up; warm-up rounded down
+    id_ood             OOD is the mean over the shifts, each in its own metric
 No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
 and drm.py.
 
@@ -746,11 +747,12 @@ class TrainingLog:
 
     def held_out(self, epoch, accuracy):
         """Accuracy after an epoch, in the line of its last step."""
-        self.unread[-1][0].update(epoch=epoch, held_out_acc=accuracy)
+        line = self.unread[-1][0]
+        line.update(epoch=epoch, held_out_acc=accuracy)
         self.since += time.time() - self.added  # images/s are of training alone
         if RANK == 0:
-            self.bar.write(f"{self.out.name}: epoch {epoch}, {accuracy:.2f}% of the held-out "
-                           "images are right", file=sys.stderr)
+            self.bar.write(f"{self.out.name}: step {line['step'] + 1}, epoch {epoch}, "
+                           f"{accuracy:.2f}% of the held-out images are right", file=sys.stderr)
 
     def due(self, step, stopped):
         """Whether to read() now: at steps that all ranks know, and alone when something waits."""
@@ -1835,7 +1837,7 @@ def iwildcam_data(root, args):
     images of all splits; y = 99999 in categories.csv is no class.
 
     With labels.csv of the WiSE-FT code beside them the classes have English names, as in the
-    papers. Of the 182 names 178 are unique: classes of the same name share a text head.
+    papers: 178 different names for 182 classes, of which those of one name share a text head.
     """
     root = root / "iwildcam_v2.0"
     metadata, table, column = root / "metadata.csv", root / "labels.csv", "english"
@@ -2016,7 +2018,8 @@ class Parser(argparse.ArgumentParser):
         data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         data.add_argument("--data", default=self.defaults["data"])
         data.error = self.error
-        recipe = recipes.get(data.parse_known_args(argv)[0].data, {})
+        given = data.parse_known_args(argv)[0]
+        recipe = {"steps": None, "epochs": None, **recipes.get(given.data, {})}
         for key, action in self.actions.items():
             action.help += f" (default: {recipe.get(key, self.defaults[key])})".replace("%", "%%")
         given, unknown = self.parse_known_args(argv)
@@ -2068,8 +2071,8 @@ def parser(doc):
         type=limited(int, 0))
     add("--tests", "all", "comma-separated names of the shifts to evaluate, beside the ID test")
     add("--finetuned", "none",
-        "model to start from instead of training: a finished run, an open_clip folder, or a state "
-        "dict of CLIP or of wise-ft's classifier")
+        "model to use instead of training: a finished run, an open_clip folder, or a state dict "
+        "of CLIP or (not in drm.py) of wise-ft's classifier")
     add("--predict", "none",
         "with --finetuned RUN: folder of images to classify, a line each on stdout")
     add("--precision", "auto", "of the towers; auto is bf16 or fp16 on CUDA, else fp32",

@@ -6,7 +6,7 @@ labels (expected risk) while the cd head keeps to a zero-shot estimate of what t
 tell (worst-case risk).
 
 Equations (f(x), g(t): unit features; A(x, t) = <f(x), g(t)>; theta_0: before fine-tuning)
-    Eq. (5)   p(y|x) = softmax_y(A(x, t_y) / tau), tau = 1 / s                      DualPrompts
+    Eq. (5)   p(y|x) = softmax_y(A(x, t_y) / tau), tau = 1 / s                      both_logits
     Eq. (4)   R_c = E_x E_{y ~ p_c(y|x)} [-log p_cd(y|x)], soft cross-entropy   worst_case_risk
     Eq. (7)   R(df) + lambda R_c(cd); Eq. (13) writes it out                          make_loss
     Eq. (8)   gamma(x, y) = (xi - min xi) / (max xi - min xi), extremes over the training
@@ -298,7 +298,7 @@ def whole_batch(features, captions):
 # ------------------------------------- Inference -------------------------------------
 
 def both_logits(model, images):
-    """Logits (B, C) of both heads of a DualPrompts."""
+    """Eq. (5) before its softmax: logits (B, C) of both heads of a DualPrompts."""
     f, w_df, w_cd, s = model(images, model.all)
     return s * f @ w_df.T, s * f @ w_cd.T
 

@@ -22,7 +22,8 @@ Deviations (lambda = 1, M = 80 and L = 8 are the defaults of the official code)
        precision; there the first moment is bf16 (mu_dtype) and the projections are fp32.
     4. From the code: the model of the last step is kept, not the best on the test set; --keep
        best keeps the epoch that is best on held-out training images: 2% of ImageNet's and
-       DomainNet's, 10% elsewhere. --holdout 0 trains on all images, as theirs.
+       DomainNet's, 10% of CIFAR-10's and of a folder without val/. --holdout 0 trains on all, as
+       theirs.
     5. From the code: whole epochs are shuffled, not a buffer of 16 batches; crops are PIL's,
        antialiased, and come after the flip; they are 8-100% of the image, theirs 10-100%;
        evaluation uses CLIP's resize and centre crop.

@@ -97,8 +97,8 @@ def get_args():
     p.add("--space", "probabilities", "what is averaged; logits is the paper's Section 5.3",
           choices=["probabilities", "logits"])
     p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
-    p.add("--select-on-test", False, "calibrate and sweep on the ID test set, as the released "
-          "code does", action=switch)
+    p.add("--select-on-test", False, "choose on the ID test set, as the released code does for "
+          "temperatures and alpha", action=switch)
     return common.parse(p, "vrf", RECIPES)
 
 
@@ -123,12 +123,12 @@ def zero_shot_failures(logits_zs, logits_ft, labels):
 
 
 def neighbours(failures, images, rule="code"):
-    """k of a bank with |V| = failures among |train| = images, kept within [1, |V|].
+    """k of a bank with |V| = failures among |train| = images, kept within [1, |V|]; 0 if |V| is.
 
     code: round(1000 |V| / |train|); paper: floor(0.1% |V|).
     """
     k = round(failures / max(images, 1) * 1000) if rule == "code" else failures // 1000
-    return max(1, min(k, failures))
+    return min(max(k, 1), failures)
 
 
 @torch.no_grad()
@@ -361,9 +361,8 @@ def images_to_choose_on(setup):
     args, name, images = setup.args, "held-out", setup.data.val
     if args.select_on_test:
         name, images = next(iter(setup.data.tests.items()))
-        common.say(f"--select-on-test: temperatures, alpha, a and b are chosen on the test set "
-                   f"{name}, as the released code does; its accuracy is then not an estimate for "
-                   "new images")
+        common.say(f"--select-on-test: temperatures, alpha and, with --sweep, a and b are chosen "
+                   f"on the test set {name}; its accuracy is then no estimate for new images")
     if (args.calibrate or args.sweep) and not len(images):
         raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the "
                           "model is trained, or pass --no-calibrate --no-sweep, or "

@@ -31,9 +31,9 @@ Deviations
     7. From the code: iWildCam and FMoW have one template each, DRM's; theirs have 2 and 16.
     8. From the paper, with the code: images are cropped to 90-100% of the area in any shape;
        the paper's D.2 takes a random square.
-    9. --freeze encoder: the rate of 0.1 and the batch of 512 are VRF's (App. C.1); the paper
-       searches 64 settings of rate and batch (D.3). Its features are computed once, so images
-       are not augmented.
+    9. --freeze encoder: the rate of 0.1 and, on the papers' sets, the batch of 512 are VRF's
+       (App. C.1); the paper searches 64 settings of rate and batch (D.3). Its features are
+       computed once, so images are not augmented.
    10. CIFAR-10, iWildCam and FMoW use the paper's default (D.2). --data shapes, folder and the
        sets marked in RECIPES have recipes of their own.
    11. Absent: ImageNet-Vid-Robust and YTBB-Robust, Fisher and other merges, LP-FT.
@@ -43,7 +43,7 @@ Usage
     python wise_ft.py --data imagenet --data-dir ~/data      # the paper's main experiment
     python wise_ft.py --finetuned runs/lipsum_ft-shapes-s0   # towards any finished run
     python wise_ft.py --finetuned MINE.pt --data folder --data-dir MY_IMAGES   # or state dict
-    python wise_ft.py --shots 16 --lr 1e-5                   # few-shot, with the paper's rate
+    python wise_ft.py --data imagenet --shots 16 --lr 1e-5   # few-shot, with the paper's rate
 Expected result: README.md, "Results"; the paper's ViT-B/16 on ImageNet / mean of five shifts at
     alpha 0.5 (not run by us): 81.7 / 63.0.
 """

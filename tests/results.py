@@ -197,7 +197,7 @@ def main():
             args.plane = None  # of the first
         return
     name = " ".join(flags) or "shapes"  # other flags, other runs
-    out = args.out or Path("runs/results" + name.replace(" ", "").replace("/", "_"))
+    out = args.out or Path("runs/results" + "".join(flags).replace("/", "_"))
     runs = {str(seed): compare(seed, out, flags) for seed in args.seeds}
     if args.json:
         known = json.loads(args.json.read_text()) if args.json.is_file() else {}
