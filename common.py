@@ -1253,7 +1253,7 @@ def plot_plane(points, setup, lines=None, name="plane.png"):
     plt = pyplot()
     if plt is None or len(setup.measure) < 2:
         return
-    figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for label, line in (lines or {}).items():
         ax.plot(*zip(*line), "-o", markersize=4, label=label)
     for (label, point), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
@@ -1261,7 +1261,7 @@ def plot_plane(points, setup, lines=None, name="plane.png"):
     ax.set(xlabel=f"{next(iter(setup.measure))} (ID), %",
            ylabel=f"mean of {len(setup.measure) - 1} shifts (OOD), %")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(setup.out / name, dpi=150)
     plt.close(figure)
 

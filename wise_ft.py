@@ -215,7 +215,8 @@ def plot_curve(results, alphas, chosen, setup):
     points = [plane[row_name(alpha)] for alpha in alphas]
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
     ax.plot(*zip(*points), "-o", markersize=5, label=r"WiSE-FT, $\alpha$ from 0 to 1")
-    ends = ((0, "*", "zero-shot"), (1, "s", "fine-tuned"), (chosen, "D", f"saved, {chosen:g}"))
+    saved = rf"saved, $\alpha$ = {chosen:g}"
+    ends = ((0, "*", "zero-shot"), (1, "s", "fine-tuned"), (chosen, "D", saved))
     for alpha, marker, label in ends:
         ax.plot(*points[alphas.index(alpha)], marker, markersize=10, label=label)
     for alpha, point in zip(alphas, points):

@@ -121,7 +121,7 @@ class Table:
                     cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
                 yield f"| {name} | " + " | ".join(cells) + " |"
         others = [f"{name} {row['ID']:.1f} / {row['OOD']:.1f}" for name, row in self.mean.items()
-                  if name not in MAIN]
+                  if name not in MAIN and "lambda" not in name]
         yield f"\nID / OOD of other rows: {'; '.join(others)}."
 
 
