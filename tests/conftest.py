@@ -13,6 +13,9 @@ from pathlib import Path
 if not os.environ.get("TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# One thread here as in the processes that tests start: sums of two threads have other digits.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
 import pytest  # noqa: E402
