@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number  lines 70-519     all that an auditor of a method reads
-    Part 2  Files of a run            lines 520-1268   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1269-1901  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1902-2219  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2220-2463  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 71-520     all that an auditor of a method reads
+    Part 2  Files of a run            lines 521-1245   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1246-1873  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1874-2191  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2192-2435  `shapes` and its tiny CLIP
 
 What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
     read_image         PIL's decoder; transparency is dropped after the resize; no EXIF rotation
@@ -40,6 +40,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -564,7 +565,8 @@ def compute_device(args):
     kind = args.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device, precision = torch.device(kind), "fp32"
+    device = torch.device(kind)
+    able = {"cpu": ["fp32", "bf16"], "mps": ["fp32"], "cuda": ["bf16", "fp16", "fp32"]}[kind]
     if kind == "cuda":
         local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= cards:
@@ -572,15 +574,14 @@ def compute_device(args):
                        f"torch sees {cards}; start fewer ranks, or use --device cpu")
         device = torch.device(kind, local)
         torch.cuda.set_device(device)
-        precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-        if (args.precision, precision) == ("bf16", "fp16"):
-            raise Fail("--precision bf16: this GPU has no bf16; use fp16 or fp32")
+        if not torch.cuda.is_bf16_supported(False):  # False: not emulated
+            able.remove("bf16")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise Fail("--device mps: torch sees no Apple GPU; use --device cpu")
     if args.precision == "auto":
-        args.precision = precision
-    if (args.precision, kind) in (("fp16", "cpu"), ("fp16", "mps"), ("bf16", "mps")):
-        raise Fail(f"--precision {args.precision}: not on {kind}; use fp32")
+        args.precision = able[0]
+    if args.precision not in able:
+        raise Fail(f"--precision {args.precision}: not on this {kind}; use {' or '.join(able)}")
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     return device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
 
@@ -736,8 +737,10 @@ class TrainingLog:
         self.bar.close()
         self.file.close()
         if error is None and self.total > self.first:
-            say(f"{self.out.name}: {self.total} steps, {self.rate:.1f} images/s, peak memory "
-                f"{peak_memory():.2f} GiB")
+            memory = ""
+            if torch.cuda.is_initialized():
+                memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+            say(f"{self.out.name}: {self.total} steps, {self.rate:.1f} images/s{memory}")
 
     def add(self, step, losses, optimizer, parts):
         line = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
@@ -806,18 +809,6 @@ def open_log(path, first):
     with atomic(path) as file:  # a kill before the next line must not lose these
         file.write_text("".join(kept), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
-
-
-def peak_memory():
-    """GiB of the GPU since training began, else of the process; NaN where the system is silent."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # ---- Reading and writing ----
@@ -972,7 +963,8 @@ def check_named(name, tag, args):
 
 def say_activation(file, args):
     """A weights file does not tell which activation it was trained with."""
-    kind = "QuickGELU" if model_config(args).get("quick_gelu") else "GELU"
+    quick = open_clip.get_model_config(clip_name(args)).get("quick_gelu")
+    kind = "QuickGELU" if quick else "GELU"
     say(f"{file}: assumed to be trained with {kind}, as --model {args.model} has; OpenAI's weights "
         "and those tuned from them have QuickGELU")
 
@@ -982,18 +974,6 @@ def clip_name(args):
     if args.model == "shapes-clip":
         return f"local-dir:{shapes_clip(args.pretrain_seed)}"
     return args.model
-
-
-def model_config(args):
-    """open_clip's configuration of --model."""
-    name = clip_name(args)
-    if name.startswith("local-dir:"):
-        path = Path(name[10:], "open_clip_config.json")
-        return read_json(path, "an open_clip folder")["model_cfg"]
-    if name.startswith("hf-hub:"):
-        from open_clip.factory import _get_hf_config  # the public functions drop the config
-        return _get_hf_config(name[7:])["model_cfg"]
-    return open_clip.get_model_config(name)
 
 
 def shrink_vocabulary(clip_model, tokens):
@@ -1020,7 +1000,7 @@ def save_run(setup, model, out, head=None, text=None):
     save_tensors(out / "open_clip_model.safetensors",
                  {**setup.clip.state_dict(), **(text or {}), **visual})
     write_json(out / "open_clip_config.json",
-               {"model_cfg": model_config(setup.args),
+               {"model_cfg": open_clip.get_model_config(clip_name(setup.args)),
                 "preprocess_cfg": setup.clip.visual.preprocess_cfg})
     part = {} if out == setup.out else {"part_of": str(setup.out.resolve())}
     write_json(out / "args.json", {**vars(setup.args), **part})
@@ -1127,25 +1107,15 @@ def own_head(weights, setup):
 
 # ---- Predictions ----
 
-class FilesToPredict(torch.utils.data.Dataset):
-    """path -> (path, uint8 (3, H, W), None), or (path, None, why it cannot be read)."""
-
-    def __init__(self, root, transform):
-        self.files, self.transform = [], transform
-        for folder, _, names in sorted(os.walk(root)):
-            self.files += [os.path.join(folder, name) for name in sorted(names)
-                           if name.lower().endswith(IMG_EXTENSIONS)]
-        if not self.files:
-            raise Fail(f"--predict {root}: no folder with images in it")
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            return self.files[i], self.transform(read_image(self.files[i])), None
-        except BrokenImage as error:
-            return self.files[i], None, str(error)
+def image_files(root):
+    """Sorted paths of the images in a folder and in the folders below it."""
+    found = []
+    for folder, _, names in sorted(os.walk(root)):
+        found += [os.path.join(folder, name) for name in sorted(names)
+                  if name.lower().endswith(IMG_EXTENSIONS)]
+    if not found:
+        raise Fail(f"--predict {root}: no folder with images in it")
+    return found
 
 
 @torch.no_grad()
@@ -1154,22 +1124,29 @@ def predict_folder(args, saved, device, probabilities):
 
     probabilities(images) -> (probs (B, C), *columns (B,)). Broken images are named on stderr.
     """
-    files = FilesToPredict(args.predict, image_transform(saved.preprocess))
-    workers = args.workers if args.workers >= 0 else os.cpu_count()
-    loader = torch.utils.data.DataLoader(files, 32, num_workers=workers, collate_fn=list)
-    for items in loader:
-        for _, _, reason in items:
-            if reason:
-                print(f"left out: {reason}", file=sys.stderr)
-        read = [(path, pixels) for path, pixels, reason in items if not reason]
-        if not read:
-            continue
-        x = torch.stack([pixels for _, pixels in read]).to(device)
-        probs, *columns = probabilities(normalized(x, saved.preprocess))
-        confidence, predicted = probs.max(dim=1)
-        for i, (path, _) in enumerate(read):
-            numbers = "".join(f"\t{column[i]:.4f}" for column in [confidence, *columns])
-            print(f"{path}\t{saved.classnames[predicted[i]]}{numbers}", flush=True)
+    files, transform = image_files(args.predict), image_transform(saved.preprocess)
+
+    def read(file):
+        try:
+            return transform(read_image(file))
+        except BrokenImage as error:
+            print(f"left out: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+        for first in range(0, len(files), 32):
+            paths, pixels = [], []
+            for path, image in zip(files[first:], pool.map(read, files[first:first + 32])):
+                if image is not None:
+                    paths.append(path)
+                    pixels.append(image)
+            if not paths:
+                continue
+            x = normalized(torch.stack(pixels).to(device), saved.preprocess)
+            probs, *columns = probabilities(x)
+            confidence, predicted = probs.max(dim=1)
+            for i, path in enumerate(paths):
+                numbers = "".join(f"\t{column[i]:.4f}" for column in [confidence, *columns])
+                print(f"{path}\t{saved.classnames[predicted[i]]}{numbers}", flush=True)
 
 
 def predict(args):
@@ -1340,15 +1317,10 @@ class ImageSet(torch.utils.data.Dataset):
             image = Image.fromarray(self.images[i])
         if self.border:
             image = ImageOps.crop(image, self.border)
-        if self.seed is None:
+        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+            if self.seed is not None:
+                torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
             return self.transform(image), self.labels[i], i
-        generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(hash((self.seed, epoch, i)) & 0xFFFFFFFF)
-        try:
-            return self.transform(image), self.labels[i], i
-        finally:
-            generator.set_state(state)
 
     def normalized(self, pixels):
         return normalized(pixels, self.preprocess)

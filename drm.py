@@ -183,10 +183,12 @@ def text_head(clip_model, texts, classes):
     The mean of the unit features of a class's texts, normalised. Source: official zeroshot.py,
     which encodes the descriptions as they are, without a template.
     """
-    chosen = torch.isin(texts.owner, classes)
-    rows = torch.searchsorted(classes, texts.owner[chosen])
-    parts = texts.tokens[chosen].split(512)
-    features = torch.cat([common.encode_texts(clip_model, tokens) for tokens in parts])
+    chosen = torch.isin(texts.owner, classes).nonzero()[:, 0]
+    length = texts.tokens[chosen].argmax(dim=1)               # texts of like length together,
+    chosen = chosen[length.argsort(stable=True)].split(256)   # each part encoded up to its longest
+    rows = torch.searchsorted(classes, texts.owner[torch.cat(chosen)])
+    features = [common.encode_texts(clip_model, texts.tokens[part]) for part in chosen]
+    features = torch.cat(features)
     total = features.new_zeros(len(classes), features.shape[1]).index_add(0, rows, features)
     return F.normalize(total, dim=1)
 

@@ -114,15 +114,11 @@ class Table:
         yield "|---" + "|---" * len(self.shown) + "|"
         for name in MAIN:
             if name in self.mean:
-                cells = []
-                for column in self.shown:
-                    digits = 2 if column.startswith("NLL") else 1
-                    mean, deviation = self.mean[name][column], self.deviation[name][column]
-                    cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
+                mean, deviation = self.mean[name], self.deviation[name]
+                cells = [f"{mean[key]:.1f} ± {deviation[key]:.1f}" for key in ("ID", "OOD")]
+                cells += [f"{mean[key]:.2f}" for key in ("NLL", "NLL OOD")]
+                cells += [f"{mean[key]:.1f}" for key in ("ECE", "ECE OOD")]
                 yield f"| {name} | " + " | ".join(cells) + " |"
-        others = [f"{name} {row['ID']:.1f} / {row['OOD']:.1f}" for name, row in self.mean.items()
-                  if name not in MAIN and "lambda" not in name]
-        yield f"\nID / OOD of other rows: {'; '.join(others)}."
 
 
 def differences(table, runs):
@@ -156,6 +152,9 @@ def differences(table, runs):
             lambdas = ["DRM mixture", *(f"DRM lambda {lam}{beta} mixture" for lam in LAMBDAS)]
             values = [f"{ID[name]:.1f} / {OOD[name]:.1f}" for name in lambdas]
             yield f"- DRM mixture at lambda 1, 2, 3, 5 and {words}: {', '.join(values)}"
+        values = [f"{ID[name]:.1f} / {OOD[name]:.1f}" for name in
+                  ("DRM mixture", "DRM softmax mixture", "DRM onehot mixture")]
+        yield f"- DRM mixture with --targets paper, softmax, onehot: {', '.join(values)}"
 
 
 def show(experiment, plane=None):
