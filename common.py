@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number  lines 71-520     all that an auditor of a method reads
-    Part 2  Files of a run            lines 521-1245   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1246-1873  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1874-2191  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2192-2435  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 71-518     all that an auditor of a method reads
+    Part 2  Files of a run            lines 519-1251   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1252-1879  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1880-2197  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2198-2441  `shapes` and its tiny CLIP
 
 What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
     read_image         PIL's decoder; transparency is dropped after the resize; no EXIF rotation
@@ -40,9 +40,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -401,14 +401,14 @@ def collect(function, images, setup):
     return {name: torch.cat([result[name] for _, result in found]) for name in found[0][1]}
 
 
-def evaluate(rows, setup):
-    """{row: {test: metrics}} over all test sets, each streamed once.
+def evaluate(rows, setup, sets=None):
+    """{row: {name: metrics}} over {name: ImageSet}, by default all test sets, each streamed once.
 
     rows(images, project) -> {row: logits or log-probabilities (B, C')}; project() brings logits
-    (B, C) into the test set's label space. each(models) makes such a function.
+    (B, C) into the set's label space. each(models) makes such a function.
     """
     results = {}
-    for test, images in setup.data.tests.items():
+    for name, images in (sets or setup.data.tests).items():
         def scores(x, labels):
             found = {}
             for row, logits in rows(x, images.project).items():
@@ -418,16 +418,14 @@ def evaluate(rows, setup):
         found = collect(scores, images, setup)
         for row in dict.fromkeys(row for row, _ in found):
             own = Scores(*[found[row, field] for field in Scores._fields])
-            results.setdefault(row, {})[test] = metrics(own, images)
+            results.setdefault(row, {})[name] = metrics(own, images)
     return results
 
 
 def accuracies(rows, images, setup):
     """{row: accuracy in percent} on one ImageSet; rows() as for evaluate()."""
-    def right(x, labels):
-        return {row: z.argmax(1) == labels for row, z in rows(x, images.project).items()}
-    found = collect(right, images, setup)
-    return {row: 100 * hits.double().mean().item() for row, hits in found.items()}
+    found = evaluate(rows, setup, {"it": images})
+    return {row: sets["it"]["acc"] for row, sets in found.items()}
 
 
 def each(models):
@@ -880,8 +878,8 @@ def collect_once(function, models, images, setup, folder):
                 digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         digest.update(images.images.tobytes() + images.labels.numpy().tobytes())
         if images.on_disk:
-            stats = [os.stat(file) for file in images.images]
-            digest.update(np.array([(s.st_size, s.st_mtime_ns) for s in stats]).tobytes())
+            with ThreadPool(32) as pool:  # a network disk answers late, but many at once
+                digest.update(np.array(pool.map(size_and_time, images.images)).tobytes())
         if folder.exists() and not os.access(folder, os.W_OK):  # another's run
             folder = setup.out
         path = folder / "cache" / f"{images.name}-{digest.hexdigest()[:16]}.safetensors"
@@ -893,6 +891,12 @@ def collect_once(function, models, images, setup, folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, result)
     return result
+
+
+def size_and_time(file):
+    """What changes with the content of a file."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def features_once(model, images, setup, folder):
@@ -1130,13 +1134,15 @@ def predict_folder(args, saved, device, probabilities):
         try:
             return transform(read_image(file))
         except BrokenImage as error:
-            print(f"left out: {error}", file=sys.stderr)
+            return error
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+    with ThreadPool() as pool:  # Pillow decodes without Python's lock
         for first in range(0, len(files), 32):
-            paths, pixels = [], []
-            for path, image in zip(files[first:], pool.map(read, files[first:first + 32])):
-                if image is not None:
+            part, paths, pixels = files[first:first + 32], [], []
+            for path, image in zip(part, pool.map(read, part)):
+                if isinstance(image, BrokenImage):
+                    print(f"left out: {image}", file=sys.stderr)
+                else:
                     paths.append(path)
                     pixels.append(image)
             if not paths:
