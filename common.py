@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number  lines 71-518     all that an auditor of a method reads
-    Part 2  Files of a run            lines 519-1251   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1252-1879  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1880-2197  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2198-2441  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 72-519     all that an auditor of a method reads
+    Part 2  Files of a run            lines 520-1252   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1253-1880  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1881-2198  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2199-2442  `shapes` and its tiny CLIP
 
 What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
     read_image         PIL's decoder; transparency is dropped after the resize; no EXIF rotation
@@ -12,6 +12,7 @@ What of Parts 2 to 5 enters a number, beside which images, labels and flags a ru
     hold_out           every class gives the same share, the same images in every run
     compute_device     bf16 (else fp16) towers on CUDA, fp32 elsewhere; TF32 off with fp32
     load_clip          weights with requires_grad, QuickGELU as they were trained with
+    load_finetuned     a foreign CLIP's head is made by its own text tower, with its own s
     shrink_vocabulary  token embeddings that no text uses are not trained
     training_steps     --steps, or epochs x images / batch rounded up; warm-up rounded down
     id_ood             OOD is the mean over the shifts, each in its own metric
@@ -548,7 +549,7 @@ def describe_run(setup):
     recipe = f"from {args.finetuned}"
     if args.finetuned == "none":
         recipe = (f"{training_steps(args, len(data.train))} steps of {args.batch_size} images, "
-                  f"{WORLD} ranks, {args.accum} parts, lr {args.lr:g}, wd {args.wd:g}, warm-up "
+                  f"ranks {WORLD}, parts {args.accum}, lr {args.lr:g}, wd {args.wd:g}, warm-up "
                   f"{args.warmup:g}, clip {args.grad_clip:g}, augment {args.augment}, "
                   f"keep {args.keep}")
     return (f"{args.method} on {args.data}: {len(data.train)} training, {len(data.val)} held-out "

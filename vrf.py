@@ -20,8 +20,9 @@ Deviations (released code: knn_distance.py, models/calibration.py, main.py, base
        belong; --distance l2. The paper's own values differ: b = 0.5 for ViT-B/16 in Table 7, and
        in Table 10 61.8 on the shifts at (1.5, 0.6), 61.7 at (1.5, 0.5); a = b = 0.3 for CIFAR-10.
     2. From the paper, with the code: k = round(1000 |V| / |train|), not floor(0.1% |V|): --k-rule
-       paper, the default for shapes and folder, where the code's k would be near |V|. From both:
-       k is kept within [1, |V|], and where V is empty VRF is OSE, with a warning.
+       paper, the default for shapes and folder, since the code's k = 1000 |V| / |train| is a
+       large part of V where |train| is small. From both: k is kept within [1, |V|], and where V
+       is empty VRF is OSE, with a warning.
     3. From the paper, with the code: logits are first divided by temperatures at which mean
        confidence equals accuracy; --no-calibrate. Ours is a bisection, theirs an unbounded
        interpolation search that stops within 0.001 of the accuracy.
@@ -29,7 +30,8 @@ Deviations (released code: knn_distance.py, models/calibration.py, main.py, base
        DomainNet's, 10% of CIFAR-10's and of a folder without val/), which are not in V either,
        not on the ID test set; --select-on-test. OSE's and WSE's alpha are of 0, 0.1, ..., 1 as
        in the paper; the code's of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
-    5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet. From
+    5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet; a among
+       quantiles of d, b among fractions of its spread, since d differs between data sets. From
        both: what is chosen is not the best held-out accuracy (--choose best), which is ID
        accuracy and prefers the fine-tuned model: of the candidates within one standard error of
        it, the one whose mean weight is nearest 0.5.
