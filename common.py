@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number  lines 72-519     all that an auditor of a method reads
-    Part 2  Files of a run            lines 520-1252   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1253-1880  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1881-2198  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2199-2442  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 72-524     all that an auditor of a method reads
+    Part 2  Files of a run            lines 525-1262   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1263-1890  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1891-2208  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2209-2452  `shapes` and its tiny CLIP
 
 What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
     read_image         PIL's decoder; transparency is dropped after the resize; no EXIF rotation
@@ -136,8 +136,10 @@ def encode_texts(clip_model, tokens):
 
     Computed up to the longest text's end only, which is exact: attention is causal, and the
     feature is read at EOT, the largest id. A tower without these two properties encodes its
-    full context; ValueError unless n is that, and for any tower if n exceeds it.
+    full context; ValueError unless n is that, and for any tower if n exceeds it. Tokens are best
+    on the CPU: to look for the end on a GPU is to wait for it.
     """
+    device = clip_model.logit_scale.device
     tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the tower's parts itself
     pooling = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
     causal = getattr(tower, "attn_mask", None) is not None
@@ -147,14 +149,15 @@ def encode_texts(clip_model, tokens):
     if not causal or pooling != "argmax" or getattr(tower, "cls_emb", None) is not None:
         if n < context:
             raise ValueError("the text tower is not causal with its output read at EOT")
-        return F.normalize(clip_model.encode_text(tokens).float(), dim=-1)
-    end = tokens.argmax(dim=1)                                                 # (m,) of EOT
+        return F.normalize(clip_model.encode_text(tokens.to(device)).float(), dim=-1)
+    end = tokens.argmax(dim=1)                                              # (m,) of EOT
     n = int(end.max()) + 1
-    x = tower.token_embedding(tokens[:, :n]) + tower.positional_embedding[:n]  # (m, n, width)
+    tokens, end = (x.to(device, non_blocking=True) for x in (tokens[:, :n], end))
+    x = tower.token_embedding(tokens) + tower.positional_embedding[:n]      # (m, n, width)
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))
-    x = x[torch.arange(len(x), device=x.device), end]                          # (m, width)
+    x = x[torch.arange(len(x), device=device), end]                         # (m, width)
     projection = tower.text_projection
-    x = projection(x) if callable(projection) else x @ projection              # (m, D)
+    x = projection(x) if callable(projection) else x @ projection           # (m, D)
     return F.normalize(x.float(), dim=-1)
 
 
@@ -165,12 +168,12 @@ def zero_shot_head(clip_model, tokenizer, classnames, templates):
     Source: wise-ft src/models/zeroshot.py; equal to open_clip.build_zero_shot_classifier, which
     returns (D, C) and encodes all positions. templates: strings with one {}, or functions.
     """
-    device, heads = clip_model.logit_scale.device, []
+    heads = []
     for first in range(0, len(classnames), 10):
         texts = []
         for name in classnames[first:first + 10]:
             texts += [t.format(name) if isinstance(t, str) else t(name) for t in templates]
-        features = encode_texts(clip_model, tokenizer(texts).to(device))
+        features = encode_texts(clip_model, tokenizer(texts))
         mean = features.reshape(-1, len(templates), features.shape[1]).mean(dim=1)
         heads.append(mean / mean.norm(dim=1, keepdim=True))
     return torch.cat(heads)
@@ -275,9 +278,10 @@ def image_transform(preprocess, augment="none"):
 
 def normalized(pixels, preprocess):
     """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std, as open_clip's transform."""
-    mean = torch.tensor(preprocess.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(preprocess.std, device=pixels.device).view(3, 1, 1)
-    return pixels.float().div_(255).sub_(mean).div_(std)  # in place: fresh pages are slow
+    x = pixels.float().div_(255)
+    for c, (mean, std) in enumerate(zip(preprocess.mean, preprocess.std)):
+        x[:, c].sub_(mean).div_(std)  # by numbers: a new tensor would wait for the GPU
+    return x
 
 
 def project(logits, classes):
@@ -354,6 +358,7 @@ def train(model, images, held_out, loss_fn, setup, out, predict=classify):
             epoch = (step + 1) * args.batch_size // len(images)
             ended = epoch > step * args.batch_size // len(images) or step + 1 == total
             if ended and len(held_out):
+                log.pause()
                 accuracy = held_out_accuracy(model, held_out, predict, setup)
                 log.held_out(epoch, accuracy)
                 if args.keep == "best" and accuracy > best.get("accuracy", -1):
@@ -722,7 +727,7 @@ class TrainingLog:
         self.out, self.first, self.total, self.images, self.args = out, first, total, images, args
         self.unread = []  # (line without losses, {name: ()}, indices) of the steps since read()
         self.rate, self.since = 0.0, time.time()  # images/s, counted from this moment
-        self.shown = self.added = self.since
+        self.shown = self.since
 
     def __enter__(self):
         self.file = open_log(self.out / "log.jsonl", self.first)
@@ -744,14 +749,19 @@ class TrainingLog:
     def add(self, step, losses, optimizer, parts):
         line = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
         self.unread.append((line, losses, torch.cat([batch.index for batch in parts])))
-        self.added = time.time()
         self.bar.update()
+
+    def pause(self):
+        """From here to held_out() no time is counted: images/s are of training alone."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the last steps may still be running there
+        self.paused = time.time()
 
     def held_out(self, epoch, accuracy):
         """Accuracy after an epoch, in the line of its last step."""
         line = self.unread[-1][0]
         line.update(epoch=epoch, held_out_acc=accuracy)
-        self.since += time.time() - self.added  # images/s are of training alone
+        self.since += time.time() - self.paused
         if RANK == 0:
             self.bar.write(f"{self.out.name}: step {line['step'] + 1}, epoch {epoch}, "
                            f"{accuracy:.2f}% of the held-out images are right", file=sys.stderr)
@@ -1207,16 +1217,16 @@ def print_table(rows, setup):
         shown.append(f"{names[metric]} ({tests})" if several else names[metric])
     say(f"\nsaved to {setup.out}. {' and '.join(shown)} in percent; OOD: mean of the shifts; NLL "
         "and ECE: ID, then mean of shifts.\n")
-    wide = max(len(row["name"]) for row in rows) + 1
-    header = [id_test, "OOD", *shifts, "NLL", "NLL ood", "ECE", "ECE ood"]
-    say(" " * wide + "".join(f"{title[:9]:>10}" for title in header))
+    table = [["", id_test, "OOD", *shifts, "NLL", "NLL ood", "ECE", "ECE ood"]]
     for row in rows:
         tests = row["tests"]
         cells = [row["id"], row["ood"]] + [tests[shift][measure[shift]] for shift in shifts]
         for metric in ("nll", "ece"):
             cells += id_ood(tests, dict.fromkeys(measure, metric))
-        texts = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-        say(f"{row['name']:<{wide}}" + "".join(f"{text:>10}" for text in texts))
+        table.append([row["name"]] + ["-" if cell is None else f"{cell:.2f}" for cell in cells])
+    wide = max(len(name) for name, *_ in table) + 1
+    for name, *cells in table:
+        say(f"{name:<{wide}}" + "".join(f"{cell[:9]:>10}" for cell in cells))
 
 
 def pyplot():

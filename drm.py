@@ -173,7 +173,7 @@ def mixture(logits_df, logits_cd, beta=0.5):
 
 class Texts(NamedTuple):
     """The texts of a head."""
-    tokens: torch.Tensor  # (P, n)
+    tokens: torch.Tensor  # (P, n), on the CPU like all indices here: a GPU would be waited for
     owner: torch.Tensor   # (P,) class of each text, ascending
 
 
@@ -189,7 +189,8 @@ def text_head(clip_model, texts, classes):
     rows = torch.searchsorted(classes, texts.owner[torch.cat(chosen)])
     features = [common.encode_texts(clip_model, texts.tokens[part]) for part in chosen]
     features = torch.cat(features)
-    total = features.new_zeros(len(classes), features.shape[1]).index_add(0, rows, features)
+    total = features.new_zeros(len(classes), features.shape[1])
+    total = total.index_add(0, rows.to(total.device, non_blocking=True), features)
     return F.normalize(total, dim=1)
 
 
@@ -204,7 +205,7 @@ class DualPrompts(nn.Module):
     def __init__(self, clip_model, df, cd, classes, tune_text=True, amp=None):
         super().__init__()
         self.clip, self.amp, self.tune_text = copy.deepcopy(clip_model), amp, tune_text
-        self.all = torch.arange(classes, device=df.owner.device)
+        self.all = torch.arange(classes)
         both = torch.cat([df.tokens.flatten(), cd.tokens.flatten()])
         self.used, rows = common.shrink_vocabulary(self.clip, both)
         split = df.tokens.numel()
@@ -217,7 +218,8 @@ class DualPrompts(nn.Module):
 
     def head(self, texts, classes):
         """A head of `classes`, from the text tower as it is."""
-        with torch.autocast(classes.device.type, self.amp, enabled=self.amp is not None):
+        device = self.clip.logit_scale.device.type
+        with torch.autocast(device, self.amp, enabled=self.amp is not None):
             return text_head(self.clip, texts, classes)
 
     def heads(self):
@@ -240,13 +242,13 @@ class DualPrompts(nn.Module):
             w_cd = self.head(self.cd, self.all) if with_cd else None
             return f, self.head(self.df, classes), w_cd, s
         w_df, w_cd = self.heads()
-        return f, w_df[classes], w_cd, s
+        return f, w_df[classes.to(f.device, non_blocking=True)], w_cd, s
 
     def full_state(self, whole):
         """State dict by open_clip's names; token embeddings not in use are those of `whole`."""
         state = self.clip.state_dict()
         name = next(key for key in state if key.endswith("token_embedding.weight"))
-        state[name] = whole[name].index_copy(0, self.used, state[name])
+        state[name] = whole[name].index_copy(0, self.used.to(state[name].device), state[name])
         return state
 
 
@@ -265,7 +267,7 @@ def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, er
 
     def estimate(batch):
         """p_c (B, C)"""
-        A_0 = features_0[batch.index].to(device) @ w_cd_0.T           # (B, C)
+        A_0 = features_0[batch.index].to(device, non_blocking=True) @ w_cd_0.T  # (B, C)
         if targets == "paper":
             return core_targets(A_0, batch.labels, low, high, s_0, tau)
         if targets == "softmax":
@@ -273,9 +275,10 @@ def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, er
         return F.one_hot(batch.labels, C).float()
 
     def loss_fn(model, batch):
-        classes, rows = torch.arange(C, device=device), batch.labels
+        classes, rows = torch.arange(C), batch.labels
         if erm == "flyp":  # captions of the batch's classes only
-            classes, rows = batch.labels.unique(return_inverse=True)
+            classes, rows = labels[batch.index].unique(return_inverse=True)
+            rows = rows.to(device, non_blocking=True)
         f, w_df, w_cd, s = model(batch.images, classes, lam > 0)
         if erm == "flyp":
             risk = contrastive_loss(*whole_batch(f, w_df[rows]), s)   # R(df)
@@ -423,13 +426,12 @@ def tokenize(texts, tokenizer, context, source):
 # ---------------------------------------- main ----------------------------------------
 
 def read_texts(setup):
-    """Texts of both heads on the device: default prompts and concept descriptions."""
+    """Texts of both heads: default prompts and concept descriptions."""
     prompts = [[setup.args.prompt.replace("{}", name)] for name in setup.data.classnames]
     described, source = read_descriptions(setup.args, setup.data)
     found = []
     for texts, where in ((prompts, "--prompt"), (described, source)):
-        own = tokenize(texts, setup.tokenizer, setup.clip.context_length, where)
-        found.append(Texts(own.tokens.to(setup.device), own.owner.to(setup.device)))
+        found.append(tokenize(texts, setup.tokenizer, setup.clip.context_length, where))
     return found
 
 

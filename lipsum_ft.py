@@ -124,7 +124,7 @@ def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed, f
         generator = torch.Generator().manual_seed(hash((seed, step)) & 0xFFFFFFFF)
         t = random_tokens(texts, text_length, sot, eot, generator)
         with torch.autocast(device.type, amp, enabled=amp is not None):
-            return common.encode_texts(clip_model, t.to(device))
+            return common.encode_texts(clip_model, t)
 
     def loss_fn(model, batch):
         logits, features = model(batch.images)                # (B, C), (B, D)
@@ -136,7 +136,7 @@ def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed, f
             if features_0 is None:
                 f0 = zero_shot(batch.images)[1]               # (B, D)
             else:
-                f0 = features_0[batch.index].to(device)
+                f0 = features_0[batch.index].to(device, non_blocking=True)
         v, v0 = s * features @ g.T, s * f0 @ g.T              # (B, M); times s: deviation 1
         r = lipsum_regularizer(v, v0)
         return ce + lam * r, {"ce": ce, "lipsum": r}
@@ -151,7 +151,7 @@ def check_texts(setup):
     args, tokenizer = setup.args, setup.tokenizer
     try:
         t = random_tokens(1, args.text_length, tokenizer.sot_token_id, tokenizer.eot_token_id)
-        common.encode_texts(setup.clip, t.to(setup.device))
+        common.encode_texts(setup.clip, t)
     except (ValueError, AttributeError) as error:
         raise common.Fail(f"--text-length {args.text_length} with --model {args.model}: "
                           f"{error}") from None

@@ -238,13 +238,13 @@ def contenders(a, case, labels, device, amp):
                   "cached": lipsum(features_0)}
         for name in losses.keys() & set(asked):
             found[name] = Contender(runner, losses[name], optimizer)
-    captions = texts([case.caption] * case.classes).to(device)
+    captions = texts([case.caption] * case.classes)
     if "FLYP" in asked:
         runner, optimizer = prepared(Captioned(clip, amp))
-        found["FLYP"] = Contender(runner, flyp_loss(captions), optimizer)
+        found["FLYP"] = Contender(runner, flyp_loss(captions.to(device)), optimizer)
     if "DRM" in asked:
-        owner = torch.arange(case.classes, device=device)
-        df, cd = drm.Texts(captions, owner), drm.Texts(texts(case.lengths()).to(device), owner)
+        owner = torch.arange(case.classes)
+        df, cd = drm.Texts(captions, owner), drm.Texts(texts(case.lengths()), owner)
         runner, optimizer = prepared(drm.DualPrompts(clip, df, cd, case.classes, amp=amp))
         loss_fn = drm.make_loss(1.0, features_0, labels, head, 100.0)
         found["DRM"] = Contender(runner, loss_fn, optimizer)

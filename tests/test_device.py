@@ -1,4 +1,5 @@
-"""Losses on a simulated second device: fails where a tensor is left on the CPU."""
+"""Losses on a simulated second device: fails where a tensor is left on the CPU, and where the host
+would wait for the device: to read a value or a size from it, or in a copy that blocks."""
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -18,10 +19,13 @@ import wise_ft
 
 aten, VISION = torch.ops.aten, dict(image_size=32, patch_size=8, width=64, head_width=32, layers=2)
 INDEXING = {aten.index.Tensor, aten.index_put.default}  # the index may be on the CPU
+READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default}
 
 
 class There(torch.Tensor):
     """Claims to be on the device "meta" and computes on the CPU with what it holds."""
+
+    may_wait = True
 
     @staticmethod
     def __new__(cls, held):
@@ -38,6 +42,9 @@ class There(torch.Tensor):
         strict = args[:1] if f in INDEXING else tensors
         here = any(not isinstance(x, cls) and x.ndim for x in strict)  # scalars may go along
         assert not (there and here), f"{f}: tensors on two devices"
+        blocking = device is not None and tensors and not kwargs.get("non_blocking")
+        waits = there and f in READING or blocking and not there
+        assert cls.may_wait or not waits, f"{f}: the host waits for the device"
         if device is not None:
             there, kwargs["device"] = torch.device(device).type == "meta", "cpu"
         args, kwargs, given = *tree_map_only(cls, get_held, (args, kwargs)), args
@@ -72,8 +79,8 @@ def build(case, clip, head, labels, features_0):
     if case[0] == "lipsum_ft":
         cached = features_0 if case[1] else None
         return model, lipsum_ft.make_loss(clip, model, tokenizer, 1.0, 5, 3, 0, cached)
-    tokens = torch.tensor([[49406, 7 + c, 49407] + [0] * 74 for c in range(3)]).to("meta")
-    texts = drm.Texts(tokens, torch.arange(3).to("meta"))
+    tokens = torch.tensor([[49406, 7 + c, 49407] + [0] * 74 for c in range(3)])
+    texts = drm.Texts(tokens, torch.arange(3))
     loss_fn = drm.make_loss(1.0, features_0, labels, head, 100.0, targets=case[1], erm=case[2])
     return drm.DualPrompts(clip, texts, texts, 3), loss_fn
 
@@ -90,12 +97,14 @@ def test_second_device(monkeypatch, case):
     with SecondDevice():
         features_0, labels = torch.randn(6, 32) / 6, torch.tensor([0, 1, 2, 1, 0, 2])
         index, pixels = torch.tensor([4, 1, 3, 2]), torch.randint(256, (4, 3, 32, 32)).to("meta")
-        x = common.normalized(pixels, PreprocessCfg())
-        batch = common.Batch(x, labels[index].to("meta"), index, 0)
+        y = labels[index].to("meta")
         model, loss_fn = build(case, clip.to("meta"), features_0[:3].to("meta"), labels, features_0)
-        losses = common.optimizer_step(
-            model.train(), loss_fn, [batch], torch.optim.AdamW(model.parameters()),
-            torch.amp.GradScaler("cpu", enabled=False), 1.0)
+        optimizer = torch.optim.AdamW(model.train().parameters())
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        monkeypatch.setattr(There, "may_wait", False)
+        batch = common.Batch(common.normalized(pixels, PreprocessCfg()), y, index, 0)
+        losses = common.optimizer_step(model, loss_fn, [batch], optimizer, scaler, 1.0)
+        monkeypatch.setattr(There, "may_wait", True)
         assert all(isinstance(value, There) for value in losses.values())
         d = vrf.distances(features_0, features_0[:4], 2, "squared", torch.device("meta"))
         z = d[:4, None] * batch.labels
