@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
-    Part 1  What determines a number  lines 72-524     all that an auditor of a method reads
-    Part 2  Files of a run            lines 525-1262   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1263-1890  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1891-2208  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2209-2452  `shapes` and its tiny CLIP
+    Part 1  What determines a number  lines 72-521     all that an auditor of a method reads
+    Part 2  Files of a run            lines 522-1273   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1274-1901  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1902-2219  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2220-2463  `shapes` and its tiny CLIP
 
 What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
     read_image         PIL's decoder; transparency is dropped after the resize; no EXIF rotation
@@ -135,9 +135,8 @@ def encode_texts(clip_model, tokens):
     """G(t): unit-norm text features (m, D), fp32, of tokens (m, n), in the caller's autocast.
 
     Computed up to the longest text's end only, which is exact: attention is causal, and the
-    feature is read at EOT, the largest id. A tower without these two properties encodes its
-    full context; ValueError unless n is that, and for any tower if n exceeds it. Tokens are best
-    on the CPU: to look for the end on a GPU is to wait for it.
+    feature is read at EOT, the largest id. Other towers encode their full context: ValueError
+    unless n is that. Tokens are best on the CPU: to find the end on a GPU is to wait for it.
     """
     device = clip_model.logit_scale.device
     tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the tower's parts itself
@@ -149,10 +148,10 @@ def encode_texts(clip_model, tokens):
     if not causal or pooling != "argmax" or getattr(tower, "cls_emb", None) is not None:
         if n < context:
             raise ValueError("the text tower is not causal with its output read at EOT")
-        return F.normalize(clip_model.encode_text(tokens.to(device)).float(), dim=-1)
+        return F.normalize(clip_model.encode_text(moved(tokens, device)).float(), dim=-1)
     end = tokens.argmax(dim=1)                                              # (m,) of EOT
     n = int(end.max()) + 1
-    tokens, end = (x.to(device, non_blocking=True) for x in (tokens[:, :n], end))
+    tokens, end = moved(tokens[:, :n], device), moved(end, device)
     x = tower.token_embedding(tokens) + tower.positional_embedding[:n]      # (m, n, width)
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))
     x = x[torch.arange(len(x), device=device), end]                         # (m, width)
@@ -259,8 +258,8 @@ def batches_of(images, args, first, last, device):
     """This rank's Batches of steps first .. last - 1, --accum of them a step, on the device."""
     sampler = ShuffledEpochs(len(images), args, first, last)
     for i, (pixels, labels, index) in enumerate(image_loader(images, sampler, args, device)):
-        x = images.normalized(pixels.to(device, non_blocking=True))
-        yield Batch(x, labels.to(device, non_blocking=True), index, first + i // args.accum)
+        x = images.normalized(moved(pixels, device))
+        yield Batch(x, moved(labels, device), index, first + i // args.accum)
 
 
 def image_transform(preprocess, augment="none"):
@@ -280,7 +279,7 @@ def normalized(pixels, preprocess):
     """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std, as open_clip's transform."""
     x = pixels.float().div_(255)
     for c, (mean, std) in enumerate(zip(preprocess.mean, preprocess.std)):
-        x[:, c].sub_(mean).div_(std)  # by numbers: a new tensor would wait for the GPU
+        x[:, c].sub_(mean).div_(std)  # numbers: for new tensors a GPU is waited for
     return x
 
 
@@ -360,11 +359,11 @@ def train(model, images, held_out, loss_fn, setup, out, predict=classify):
             if ended and len(held_out):
                 log.pause()
                 accuracy = held_out_accuracy(model, held_out, predict, setup)
-                log.held_out(epoch, accuracy)
                 if args.keep == "best" and accuracy > best.get("accuracy", -1):
                     weights = {name: x.cpu().clone() for name, x in model.state_dict().items()}
                     best = {"accuracy": accuracy, "epoch": epoch, "model": weights}
-            # Between these moments the host never waits for the device.
+                log.held_out(epoch, accuracy)
+            # Between these moments no step waits for the device.
             if ended or log.due(step, stopped):
                 stop = log.read(stopped)
                 if stop or checkpoint.due(args.save_every) or step + 1 == total:
@@ -400,8 +399,8 @@ def collect(function, images, setup):
     loader = image_loader(images, [b.tolist() for b in batches], setup.args, setup.device)
     mine = []
     for pixels, labels, index in tqdm(loader, images.name, disable=RANK > 0 or None, leave=False):
-        x = images.normalized(pixels.to(setup.device, non_blocking=True))
-        result = function(x, labels.to(setup.device, non_blocking=True))
+        x = images.normalized(moved(pixels, setup.device))
+        result = function(x, moved(labels, setup.device))
         mine.append((int(index[0]), {name: value.cpu() for name, value in result.items()}))
     found = sorted(gathered(mine), key=operator.itemgetter(0))
     return {name: torch.cat([result[name] for _, result in found]) for name in found[0][1]}
@@ -430,8 +429,7 @@ def evaluate(rows, setup, sets=None):
 
 def accuracies(rows, images, setup):
     """{row: accuracy in percent} on one ImageSet; rows() as for evaluate()."""
-    found = evaluate(rows, setup, {"it": images})
-    return {row: sets["it"]["acc"] for row, sets in found.items()}
+    return {row: on["it"]["acc"] for row, on in evaluate(rows, setup, {"it": images}).items()}
 
 
 def each(models):
@@ -450,17 +448,16 @@ class Scores(NamedTuple):
 
 def image_scores(logits, labels):
     """Scores of logits or log-probabilities (B, C), computed in float64."""
-    log_p = torch.log_softmax(logits.double(), dim=-1)
+    log_p = torch.log_softmax(wide(logits), dim=-1)
     confidence, predicted = log_p.max(dim=1)
     return Scores(confidence.exp(), predicted, -log_p.gather(1, labels[:, None])[:, 0])
 
 
 def log_mixture(logits_a, logits_b, weight):
     """log(w softmax(logits_a) + (1 - w) softmax(logits_b)), (B, C), exact; weight w: () or (B,)."""
-    w = torch.as_tensor(weight, dtype=torch.double, device=logits_a.device).reshape(-1, 1)
-    log_a = w.log() + torch.log_softmax(logits_a.double(), dim=1)
-    log_b = (1 - w).log() + torch.log_softmax(logits_b.double(), dim=1)
-    return torch.logaddexp(log_a, log_b)
+    log_a, log_b = (torch.log_softmax(wide(z), dim=1) for z in (logits_a, logits_b))
+    w = torch.as_tensor(weight, dtype=log_a.dtype, device=log_a.device).reshape(-1, 1)
+    return torch.logaddexp(w.log() + log_a, (1 - w).log() + log_b)
 
 
 def choose(accuracy, weight, n, rule="one-se"):
@@ -588,6 +585,16 @@ def compute_device(args):
         raise Fail(f"--precision {args.precision}: not on this {kind}; use {' or '.join(able)}")
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     return device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+
+
+def moved(x, device):
+    """x on the device; the host does not wait for CUDA (on MPS a copy may lose what is freed)."""
+    return x.to(device, non_blocking=device.type != "mps")
+
+
+def wide(x):
+    """x in float64, which MPS lacks."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def broadcast(value):
@@ -1147,10 +1154,13 @@ def predict_folder(args, saved, device, probabilities):
         except BrokenImage as error:
             return error
 
-    with ThreadPool() as pool:  # Pillow decodes without Python's lock
-        for first in range(0, len(files), 32):
-            part, paths, pixels = files[first:first + 32], [], []
-            for path, image in zip(part, pool.map(read, part)):
+    parts = [files[first:first + 32] for first in range(0, len(files), 32)]
+    with ThreadPool(max(args.workers, 0) or None) as pool:  # Pillow decodes without Python's lock
+        coming = pool.map_async(read, parts[0])
+        for part, following in zip(parts, [*parts[1:], []]):
+            images, paths, pixels = coming.get(), [], []
+            coming = pool.map_async(read, following)  # while the model computes
+            for path, image in zip(part, images):
                 if isinstance(image, BrokenImage):
                     print(f"left out: {image}", file=sys.stderr)
                 else:
@@ -1161,9 +1171,10 @@ def predict_folder(args, saved, device, probabilities):
             x = normalized(torch.stack(pixels).to(device), saved.preprocess)
             probs, *columns = probabilities(x)
             confidence, predicted = probs.max(dim=1)
-            for i, path in enumerate(paths):
-                numbers = "".join(f"\t{column[i]:.4f}" for column in [confidence, *columns])
-                print(f"{path}\t{saved.classnames[predicted[i]]}{numbers}", flush=True)
+            names = [saved.classnames[c] for c in predicted.tolist()]
+            values = torch.stack([confidence, *columns], dim=1).tolist()
+            for path, name, numbers in zip(paths, names, values):
+                print(path, name, *[f"{x:.4f}" for x in numbers], sep="\t", flush=True)
 
 
 def predict(args):
@@ -2068,8 +2079,8 @@ def parser(doc):
         choices=["auto", "bf16", "fp16", "fp32"], type=lambda text: PRECISIONS.get(text, text))
     add("--compile", False, "torch.compile the model", action=switch)
     add("--grad-checkpointing", False, "recompute activations to save memory", action=switch)
-    add("--workers", -1, "data-loading processes per rank; -1 is this machine's cores over its "
-        "ranks, or 0 for images in memory", type=limited(int, -1))
+    add("--workers", -1, "data-loading processes per rank (--predict: threads); -1 is this "
+        "machine's cores over its ranks, or 0 for images in memory", type=limited(int, -1))
     add("--device", "auto", "where to compute; mps is untested",
         choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", 0, "of data order, augmentation and everything random in a method",

@@ -190,7 +190,7 @@ def text_head(clip_model, texts, classes):
     features = [common.encode_texts(clip_model, texts.tokens[part]) for part in chosen]
     features = torch.cat(features)
     total = features.new_zeros(len(classes), features.shape[1])
-    total = total.index_add(0, rows.to(total.device, non_blocking=True), features)
+    total = total.index_add(0, common.moved(rows, total.device), features)
     return F.normalize(total, dim=1)
 
 
@@ -242,7 +242,7 @@ class DualPrompts(nn.Module):
             w_cd = self.head(self.cd, self.all) if with_cd else None
             return f, self.head(self.df, classes), w_cd, s
         w_df, w_cd = self.heads()
-        return f, w_df[classes.to(f.device, non_blocking=True)], w_cd, s
+        return f, w_df[common.moved(classes, f.device)], w_cd, s
 
     def full_state(self, whole):
         """State dict by open_clip's names; token embeddings not in use are those of `whole`."""
@@ -267,7 +267,7 @@ def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, er
 
     def estimate(batch):
         """p_c (B, C)"""
-        A_0 = features_0[batch.index].to(device, non_blocking=True) @ w_cd_0.T  # (B, C)
+        A_0 = common.moved(features_0[batch.index], device) @ w_cd_0.T  # (B, C)
         if targets == "paper":
             return core_targets(A_0, batch.labels, low, high, s_0, tau)
         if targets == "softmax":
@@ -278,7 +278,7 @@ def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, er
         classes, rows = torch.arange(C), batch.labels
         if erm == "flyp":  # captions of the batch's classes only
             classes, rows = labels[batch.index].unique(return_inverse=True)
-            rows = rows.to(device, non_blocking=True)
+            rows = common.moved(rows, device)
         f, w_df, w_cd, s = model(batch.images, classes, lam > 0)
         if erm == "flyp":
             risk = contrastive_loss(*whole_batch(f, w_df[rows]), s)   # R(df)

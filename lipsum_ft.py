@@ -136,7 +136,7 @@ def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed, f
             if features_0 is None:
                 f0 = zero_shot(batch.images)[1]               # (B, D)
             else:
-                f0 = features_0[batch.index].to(device, non_blocking=True)
+                f0 = common.moved(features_0[batch.index], device)
         v, v0 = s * features @ g.T, s * f0 @ g.T              # (B, M); times s: deviation 1
         r = lipsum_regularizer(v, v0)
         return ce + lam * r, {"ce": ce, "lipsum": r}

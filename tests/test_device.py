@@ -17,9 +17,12 @@ import lipsum_ft
 import vrf
 import wise_ft
 
+CASES = [("wise_ft",), ("lipsum_ft", True), ("lipsum_ft", False), ("drm", "paper", "flyp"),
+         ("drm", "softmax", "ce"), ("drm", "onehot", "flyp"), ("drm", "onehot", "ce", "no EOT")]
 aten, VISION = torch.ops.aten, dict(image_size=32, patch_size=8, width=64, head_width=32, layers=2)
 INDEXING = {aten.index.Tensor, aten.index_put.default}  # the index may be on the CPU
-READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default}
+READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default,
+           aten.masked_select.default, aten.bincount.default}
 
 
 class There(torch.Tensor):
@@ -44,6 +47,8 @@ class There(torch.Tensor):
         assert not (there and here), f"{f}: tensors on two devices"
         blocking = device is not None and tensors and not kwargs.get("non_blocking")
         waits = there and f in READING or blocking and not there
+        for index in args[1] if f in INDEXING and isinstance(args[0], cls) else []:
+            waits |= index is not None and (not isinstance(index, cls) or index.dtype == torch.bool)
         assert cls.may_wait or not waits, f"{f}: the host waits for the device"
         if device is not None:
             there, kwargs["device"] = torch.device(device).type == "meta", "cpu"
@@ -85,15 +90,18 @@ def build(case, clip, head, labels, features_0):
     return drm.DualPrompts(clip, texts, texts, 3), loss_fn
 
 
-@pytest.mark.parametrize("case", [
-    ("wise_ft",), ("lipsum_ft", True), ("lipsum_ft", False), ("drm", "paper", "flyp"),
-    ("drm", "softmax", "ce"), ("drm", "onehot", "flyp")], ids=str)
+def small_clip(case):
+    other = dict(no_causal_mask=True, pool_type="last") if case[-1] == "no EOT" else {}
+    return open_clip.CLIP(embed_dim=32, vision_cfg=VISION, text_cfg={**TEXT, **other})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_second_device(monkeypatch, case):
     """As train() does it: all is on the device but a Batch's index and features_0."""
     monkeypatch.setattr(torch, "autocast", nullcontext_of)
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, moving(getattr(torch, name)))
-    clip = open_clip.CLIP(embed_dim=32, vision_cfg=VISION, text_cfg=TEXT)
+    clip = small_clip(case)
     with SecondDevice():
         features_0, labels = torch.randn(6, 32) / 6, torch.tensor([0, 1, 2, 1, 0, 2])
         index, pixels = torch.tensor([4, 1, 3, 2]), torch.randint(256, (4, 3, 32, 32)).to("meta")

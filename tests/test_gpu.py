@@ -11,6 +11,10 @@ import time
 import pytest
 import torch
 from conftest import ROOT, command, run
+from open_clip.transform import PreprocessCfg
+from test_device import CASES, build, small_clip
+
+import common
 
 METHODS = ["wise_ft.py", "lipsum_ft.py", "vrf.py", "drm.py"]
 STEPS = 300  # of a run that is stopped
@@ -22,6 +26,23 @@ def losses(out):
     """Losses of all log.jsonl below a run."""
     logs = sorted(out.rglob("log.jsonl"))
     return [json.loads(line)["loss"] for log in logs for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_does_not_wait_for_the_gpu(case):
+    clip, labels = small_clip(case).to("cuda"), torch.tensor([0, 1, 2, 1, 0, 2])
+    features_0, index = torch.randn(6, 32) / 6, torch.tensor([4, 1, 3, 2])
+    pixels, y = torch.randint(256, (4, 3, 32, 32)).to("cuda"), labels[index].to("cuda")
+    model, loss_fn = build(case, clip, features_0[:3].to("cuda"), labels, features_0)
+    optimizer = torch.optim.AdamW(model.train().parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    try:
+        for mode in ("default", "error"):  # the first step makes the optimizer's state
+            torch.cuda.set_sync_debug_mode(mode)
+            batch = common.Batch(common.normalized(pixels, PreprocessCfg()), y, index, 0)
+            common.optimizer_step(model, loss_fn, [batch], optimizer, scaler, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("script", METHODS)
