@@ -1,10 +1,10 @@
 """What the four methods share: data, CLIP loading, mixed-precision training, evaluation.
 
     Part 1  What determines a number  lines 72-521     all that an auditor of a method reads
-    Part 2  Files of a run            lines 522-1273   checkpoints, logs, saved models, tables
-    Part 3  Data                      lines 1274-1901  image sets, the papers' data sets
-    Part 4  Flags and mistakes        lines 1902-2219  recipes, --resume, --finetuned
-    Part 5  The embedded world        lines 2220-2463  `shapes` and its tiny CLIP
+    Part 2  Files of a run            lines 522-1271   checkpoints, logs, saved models, tables
+    Part 3  Data                      lines 1272-1899  image sets, the papers' data sets
+    Part 4  Flags and mistakes        lines 1900-2217  recipes, --resume, --finetuned
+    Part 5  The embedded world        lines 2218-2461  `shapes` and its tiny CLIP
 
 What of Parts 2 to 5 enters a number, beside which images, labels and flags a run has:
     read_image         PIL's decoder; transparency is dropped after the resize; no EXIF rotation
@@ -1140,41 +1140,39 @@ def image_files(root):
     return found
 
 
+def read_images(transform, paths):
+    """(paths, [uint8 (3, H, W)]) of the images that can be read, [a sentence] on each other."""
+    good, pixels, broken = [], [], []
+    for path in paths:
+        try:
+            pixels.append(transform(read_image(path)))
+            good.append(path)
+        except BrokenImage as error:
+            broken.append(str(error))
+    return good, pixels, broken
+
+
 @torch.no_grad()
 def predict_folder(args, saved, device, probabilities):
     """One line an image of --predict on stdout: path, class, probability, further columns.
 
     probabilities(images) -> (probs (B, C), *columns (B,)). Broken images are named on stderr.
     """
-    files, transform = image_files(args.predict), image_transform(saved.preprocess)
-
-    def read(file):
-        try:
-            return transform(read_image(file))
-        except BrokenImage as error:
-            return error
-
-    parts = [files[first:first + 32] for first in range(0, len(files), 32)]
-    with ThreadPool(max(args.workers, 0) or None) as pool:  # Pillow decodes without Python's lock
-        coming = pool.map_async(read, parts[0])
-        for part, following in zip(parts, [*parts[1:], []]):
-            images, paths, pixels = coming.get(), [], []
-            coming = pool.map_async(read, following)  # while the model computes
-            for path, image in zip(part, images):
-                if isinstance(image, BrokenImage):
-                    print(f"left out: {image}", file=sys.stderr)
-                else:
-                    paths.append(path)
-                    pixels.append(image)
-            if not paths:
-                continue
-            x = normalized(torch.stack(pixels).to(device), saved.preprocess)
-            probs, *columns = probabilities(x)
-            confidence, predicted = probs.max(dim=1)
-            names = [saved.classnames[c] for c in predicted.tolist()]
-            values = torch.stack([confidence, *columns], dim=1).tolist()
-            for path, name, numbers in zip(paths, names, values):
-                print(path, name, *[f"{x:.4f}" for x in numbers], sep="\t", flush=True)
+    files = image_files(args.predict)
+    read = functools.partial(read_images, image_transform(saved.preprocess))
+    workers = args.workers if args.workers >= 0 else os.cpu_count()
+    loader = torch.utils.data.DataLoader(files, 32, num_workers=workers, collate_fn=read)
+    for paths, pixels, broken in loader:
+        for sentence in broken:
+            print(f"left out: {sentence}", file=sys.stderr)
+        if not paths:
+            continue
+        x = normalized(torch.stack(pixels).to(device), saved.preprocess)
+        probs, *columns = probabilities(x)
+        confidence, predicted = probs.max(dim=1)
+        values = torch.stack([confidence, *columns], dim=1).tolist()
+        for path, c, numbers in zip(paths, predicted.tolist(), values):
+            print(path, saved.classnames[c], *[f"{x:.4f}" for x in numbers], sep="\t", flush=True)
 
 
 def predict(args):
@@ -2079,8 +2077,8 @@ def parser(doc):
         choices=["auto", "bf16", "fp16", "fp32"], type=lambda text: PRECISIONS.get(text, text))
     add("--compile", False, "torch.compile the model", action=switch)
     add("--grad-checkpointing", False, "recompute activations to save memory", action=switch)
-    add("--workers", -1, "data-loading processes per rank (--predict: threads); -1 is this "
-        "machine's cores over its ranks, or 0 for images in memory", type=limited(int, -1))
+    add("--workers", -1, "data-loading processes per rank; -1 is this machine's cores over its "
+        "ranks, or 0 for images in memory", type=limited(int, -1))
     add("--device", "auto", "where to compute; mps is untested",
         choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", 0, "of data order, augmentation and everything random in a method",

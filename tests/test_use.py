@@ -67,7 +67,7 @@ def runs(tmp_path_factory, tiny_vit):
 def predicted(script, run, folder):
     """(lines of stdout in columns, stderr) of --predict."""
     out, err = io.StringIO(), io.StringIO()
-    in_process(script, ["--finetuned", run, "--predict", folder, "--workers", 1], out, err)
+    in_process(script, ["--finetuned", run, "--predict", folder, "--workers", 0], out, err)
     return [line.split("\t") for line in out.getvalue().splitlines()], err.getvalue()
 
 
@@ -130,7 +130,7 @@ def test_predictions_of_vrf_are_its_ensemble_by_hand(runs):
 
 
 def test_stdout_of_the_command_is_nothing_but_the_lines(runs):
-    flags = ["--finetuned", runs.tmp / "drm", "--predict", runs.new]
+    flags = ["--finetuned", runs.tmp / "drm", "--predict", runs.new]  # with worker processes
     done = subprocess.run(command("drm.py", *flags), capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     want, _ = predicted("drm.py", runs.tmp / "drm", runs.new)
