@@ -135,8 +135,8 @@ def encode_texts(clip_model, tokens):
     """G(t): unit-norm text features (m, D), fp32, of tokens (m, n), in the caller's autocast.
 
     Computed up to the longest text's end only, which is exact: attention is causal, and the
-    feature is read at EOT, the largest id. Other towers encode their full context: ValueError
-    unless n is that. Tokens are best on the CPU: to find the end on a GPU is to wait for it.
+    feature is read at EOT, the largest id. ValueError if n exceeds the context, or is less than
+    it for another tower. Tokens are best on the CPU: to find the end on a GPU is to wait for it.
     """
     device = clip_model.logit_scale.device
     tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the tower's parts itself
@@ -222,7 +222,7 @@ def average(model_0, model_1, alpha):
 class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, H, W) normalised, or ready features (B, D)
     labels: torch.Tensor  # (B,) int64
-    index: torch.Tensor   # (B,) int64, position in the data set
+    index: torch.Tensor   # (B,) int64, position in the data set, on the CPU
     step: int             # for random draws that are the same on every rank and after a resume
 
 
@@ -279,7 +279,7 @@ def normalized(pixels, preprocess):
     """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std, as open_clip's transform."""
     x = pixels.float().div_(255)
     for c, (mean, std) in enumerate(zip(preprocess.mean, preprocess.std)):
-        x[:, c].sub_(mean).div_(std)  # numbers: for new tensors a GPU is waited for
+        x[:, c].sub_(mean).div_(std)  # by numbers: to move tensors of them would wait for a GPU
     return x
 
 
@@ -448,14 +448,14 @@ class Scores(NamedTuple):
 
 def image_scores(logits, labels):
     """Scores of logits or log-probabilities (B, C), computed in float64."""
-    log_p = torch.log_softmax(wide(logits), dim=-1)
+    log_p = torch.log_softmax(float64(logits), dim=-1)
     confidence, predicted = log_p.max(dim=1)
     return Scores(confidence.exp(), predicted, -log_p.gather(1, labels[:, None])[:, 0])
 
 
 def log_mixture(logits_a, logits_b, weight):
     """log(w softmax(logits_a) + (1 - w) softmax(logits_b)), (B, C), exact; weight w: () or (B,)."""
-    log_a, log_b = (torch.log_softmax(wide(z), dim=1) for z in (logits_a, logits_b))
+    log_a, log_b = (torch.log_softmax(float64(z), dim=1) for z in (logits_a, logits_b))
     w = torch.as_tensor(weight, dtype=log_a.dtype, device=log_a.device).reshape(-1, 1)
     return torch.logaddexp(w.log() + log_a, (1 - w).log() + log_b)
 
@@ -592,7 +592,7 @@ def moved(x, device):
     return x.to(device, non_blocking=device.type != "mps")
 
 
-def wide(x):
+def float64(x):
     """x in float64, which MPS lacks."""
     return x.float() if x.device.type == "mps" else x.double()
 

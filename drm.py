@@ -183,14 +183,13 @@ def text_head(clip_model, texts, classes):
     The mean of the unit features of a class's texts, normalised. Source: official zeroshot.py,
     which encodes the descriptions as they are, without a template.
     """
-    chosen = torch.isin(texts.owner, classes).nonzero()[:, 0]
-    length = texts.tokens[chosen].argmax(dim=1)               # texts of like length together,
-    chosen = chosen[length.argsort(stable=True)].split(256)   # each part encoded up to its longest
-    rows = torch.searchsorted(classes, texts.owner[torch.cat(chosen)])
-    features = [common.encode_texts(clip_model, texts.tokens[part]) for part in chosen]
-    features = torch.cat(features)
-    total = features.new_zeros(len(classes), features.shape[1])
-    total = total.index_add(0, common.moved(rows, total.device), features)
+    tokens, owner = (values[torch.isin(texts.owner, classes)] for values in texts)
+    # Texts of like length go together: a part is encoded up to its longest text's end only.
+    order = tokens.argmax(dim=1).argsort(stable=True)
+    parts = tokens[order].split(256)
+    features = torch.cat([common.encode_texts(clip_model, part) for part in parts])  # (P, D)
+    rows = common.moved(torch.searchsorted(classes, owner[order]), features.device)  # (P,)
+    total = features.new_zeros(len(classes), features.shape[1]).index_add(0, rows, features)
     return F.normalize(total, dim=1)
 
 
@@ -257,7 +256,7 @@ class DualPrompts(nn.Module):
 def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, erm="flyp"):
     """loss_fn(model, batch) -> Eq. (7) and its parts; lam = 0 is FLYP.
 
-    features_0 (N, D): F_0 of the un-augmented training images, looked up by index; labels (N,);
+    features_0 (N, D): F_0 of the un-augmented training images; labels (N,); both on the CPU;
     w_cd_0 (C, D) and s_0 of theta_0. p_c is made of a batch's rows, since N x C of it would be
     5 GB for ImageNet.
     """

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -392,6 +393,20 @@ def full_disk(path):
         path.with_name(path.name + ".tmp").write_bytes(b"half")
         raise OSError(28, "No space left on device")
     return write
+
+
+def test_images_per_second_are_of_training_alone(tmp_path):
+    args = SimpleNamespace(batch_size=100, save_every=10)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    batch = common.Batch(None, None, torch.arange(100), 0)
+    with common.TrainingLog(tmp_path, 0, 1, None, args) as log:
+        time.sleep(0.1)
+        log.add(0, {"loss": torch.tensor(1.0)}, optimizer, [batch])
+        log.pause()
+        time.sleep(0.9)  # held-out images
+        log.held_out(1, 50.0)
+        log.read()
+    assert 250 < log.rate <= 1000  # 100 images in 0.1 s, not in 1 s
 
 
 def test_failed_write_keeps_the_last_good_file(tmp_path, monkeypatch):

@@ -244,6 +244,23 @@ def test_heads_are_the_normalised_means_of_unit_features(tiny_vit):
     assert (f.norm(dim=1) - 1).abs().max() < 1e-5
 
 
+@torch.no_grad()
+def test_a_head_of_more_texts_than_are_encoded_at_once(tiny_vit):
+    """600 texts of mixed lengths, of 290 classes: each class is the mean of its own texts."""
+    clip = open_clip.create_model(tiny_vit).eval()
+    torch.manual_seed(0)
+    tokens = torch.zeros(600, 77, dtype=torch.long)
+    for row, n in zip(tokens, torch.randint(1, 30, (600,)).tolist()):
+        row[:n + 2] = torch.tensor([49406, *torch.randint(1, 49406, (n,)), 49407])
+    owner = torch.cat([torch.arange(290), torch.randint(290, (310,))]).sort().values
+    features = clip.encode_text(tokens, normalize=True)
+    want = torch.stack([features[owner == c].mean(dim=0) for c in range(290)])
+    want /= want.norm(dim=1, keepdim=True)
+    for classes in (torch.arange(290), torch.arange(3, 290, 7)):
+        got = drm.text_head(clip, drm.Texts(tokens, owner), classes)
+        assert (got - want[classes]).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("erm", ["flyp", "ce"])
 @pytest.mark.parametrize("targets", ["paper", "softmax", "onehot"])
 def test_objective_is_equation_7(tiny_vit, erm, targets):
