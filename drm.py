@@ -58,9 +58,8 @@ Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not ru
     ImageNet 82.05, V2 73.43, R 77.82, A 53.53, Sketch 52.48; iWildCam macro-F1 .5353 ID / .4049
     OOD; FMoW .6857 ID / .4566 worst region OOD.
 """
-import argparse
 import copy
-import json
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,45 +73,41 @@ import common
 # ---------------------------------------- Args ----------------------------------------
 
 PAPER = dict(epochs=10, batch_size=256, lr=1e-5, wd=0.1, warmup=500, grad_clip=0.0,
-             augment="crop", keep="best", prompt="a photo of a {}.",  # Appendix F; FLYP's warm-up
-             baseline=False)
+             augment="crop", keep="best")  # Appendix F; the warm-up is FLYP's
+LATER = dict(PAPER, epochs=20, wd=0.2)
 RECIPES = {
-    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1,
-                   augment="none", prompt="a photo of a {}", baseline=True),
-    "folder": dict(PAPER, batch_size=64, warmup=0.1),
-    "imagenet": dict(PAPER, prompt="a good photo of the {}.", holdout=0.02),
-    "iwildcam": dict(PAPER, prompt="a photo of {}.", epochs=20, wd=0.2),
-    "fmow": dict(PAPER, prompt="satellite photo of a {}.", epochs=20, wd=0.2),
-    "domainnet": dict(PAPER, holdout=0.02),  # this and the next are not in the paper
-    "cifar10": PAPER,
+    "imagenet": dict(PAPER, prompt="a good photo of the {}."),
+    "iwildcam": dict(LATER, prompt="a photo of {}."),
+    "fmow": dict(LATER, prompt="satellite photo of a {}."),
+    "cifar10": PAPER, "domainnet": PAPER, "folder": PAPER,  # these and the next not in the paper
+    "shapes": dict(PAPER, prompt="a photo of a {}", baseline=True),
 }
 
 
 def get_args():
-    switch = argparse.BooleanOptionalAction
     p = common.parser(__doc__)
-    p.add("--descriptions", "none", "JSON: {class: text}, {index: text} or {class: [texts]}; "
-          "shapes brings its own")
-    p.add("--prompt", common.RECIPE, "default prompt, {} is the class name")
-    p.add("--lam", 1.0, "lambda, weight of the worst-case risk (paper: 1 to 5); 0 is FLYP",
-          type=common.limited(low=0))
+    p.add("--descriptions", "", "JSON: {class: text}, {index: text} or {class: [texts]}; shapes "
+          "brings its own, and of folder it is descriptions.json", type=common.absolute)
+    p.add("--prompt", "a photo of a {}.", "default prompt, {} is the class name")
+    p.add("--lam", 1.0, "lambda, weight of the worst-case risk (paper: 1 to 5); 0 is FLYP")
     p.add("--beta", None, "weight of the df head at inference; None is 1 / (1 + lambda)",
-          type=common.limited(low=0, high=1))
+          type=float)
     p.add("--targets", "paper", "p_c: paper is Eq. (9); softmax the direct estimate (ablation "
           "c1); onehot the labels (c3)", choices=["paper", "softmax", "onehot"])
-    p.add("--tau", 1.0, "tau_xi of Eq. (8), a reconstruction", type=common.limited(above=0))
+    p.add("--tau", 1.0, "temperature of Eq. (8)'s xi (paper: the model's, 0.01 for OpenAI's)")
     p.add("--erm", "flyp", "expected risk: FLYP's contrastive loss, or cross-entropy of the df "
-          "head (Table 11, row 2)", choices=["flyp", "ce"])
-    p.add("--tune-text", True, "train the text tower and the temperature too, as the paper",
-          action=switch)
+          "head", choices=["flyp", "ce"])
     p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha DRM weights of "
-          "both towers", type=common.limited(low=0, high=1))
-    p.add("--baseline", common.RECIPE, "also train with lambda = 0 (ERM)", action=switch)
-    p.add("--print-prompt", False, "print a request for descriptions, to give to an LLM, and end",
-          action=switch)
-    args = common.parse(p, "drm", RECIPES, inherit=["descriptions", "prompt", "lam", "beta"])
+          "both towers")
+    p.add("--baseline", False, "also train with lambda = 0 (ERM)")
+    limits = {"alpha": (0, 1), "beta": (0, 1), "tau": (1e-6, 1e9)}
+    args = common.parse(p, "drm", RECIPES, limits, ["descriptions", "prompt", "lam", "beta"])
     if args.beta is None:
         args.beta = 1 / (1 + args.lam)  # Section 4.3
+    if args.prompt.count("{}") != 1:
+        raise common.Fail(f"--prompt '{args.prompt}': must hold {{}} once, where the name goes")
+    if args.erm == "flyp" and args.batch_size < 2 * args.accum:
+        raise common.Fail(f"--accum {args.accum}: leaves the contrastive loss a batch of one image")
     return args
 
 
@@ -121,19 +116,15 @@ def get_args():
 def core_targets(affinities, labels, low, high, scale, tau=1.0):
     """Eq. (8), (9): p_c (B, C) of zero-shot affinities A_0 (B, C) = F_0 W_cd^T, labels y_x (B,).
 
-    low, high (C,): extremes of A_0(x, t_y^cd) over the training images labelled y; gamma is 1
+    low, high (C,): extremes of A_0(x, t_y^cd) over the training images labelled y. gamma is 1
     where they are equal (a class with one image). The label has gamma(x, y_x); the rest is split
-    by softmax of scale A_0 over the other classes (reconstruction, as is tau = 1).
-
-    With a = A_0 of the label, in [low, high], exp(a / tau) would overflow at a small tau. Equal,
-    and with no exponent above 0:
-        gamma = e^((a - high)/tau) (1 - e^((low - a)/tau)) / (1 - e^((low - high)/tau))
+    by softmax of scale A_0 over the other classes (reconstruction).
     """
-    low, high = low[labels], high[labels]                             # (B,)
-    a = affinities.gather(1, labels[:, None])[:, 0].clamp(low, high)  # (B,)
-    gamma = torch.expm1((low - a) / tau) / torch.expm1((low - high) / tau)
-    gamma = torch.where(high > low, ((a - high) / tau).exp() * gamma, 1.0)
-    own = F.one_hot(labels, affinities.shape[1]).bool()               # (B, C)
+    own = F.one_hot(labels, affinities.shape[1]).bool()                # (B, C)
+    a = affinities.gather(1, labels[:, None])[:, 0]                    # (B,)
+    xi, xi_min, xi_max = ((x.double() / tau).exp() for x in (a, low[labels], high[labels]))
+    gamma = (xi - xi_min) / (xi_max - xi_min)                          # Eq. (8)
+    gamma = torch.where(xi_max > xi_min, gamma.clamp(0, 1), 1).to(affinities.dtype)
     others = (scale * affinities).masked_fill(own, -torch.inf).softmax(dim=1)
     return torch.where(own, gamma[:, None], (1 - gamma)[:, None] * others)
 
@@ -183,36 +174,28 @@ def text_head(clip_model, texts, classes):
     The mean of the unit features of a class's texts, normalised. Source: official zeroshot.py,
     which encodes the descriptions as they are, without a template.
     """
-    tokens, owner = (values[torch.isin(texts.owner, classes)] for values in texts)
+    chosen = torch.isin(texts.owner, classes)
+    tokens, owner = texts.tokens[chosen], texts.owner[chosen]
     # Texts of like length go together: a part is encoded up to its longest text's end only.
     order = tokens.argmax(dim=1).argsort(stable=True)
     parts = tokens[order].split(256)
     features = torch.cat([common.encode_texts(clip_model, part) for part in parts])  # (P, D)
-    rows = common.moved(torch.searchsorted(classes, owner[order]), features.device)  # (P,)
+    rows = torch.searchsorted(classes, owner[order]).to(features.device)             # (P,)
     total = features.new_zeros(len(classes), features.shape[1]).index_add(0, rows, features)
     return F.normalize(total, dim=1)
 
 
 class DualPrompts(nn.Module):
-    """A CLIP with the texts of its two heads.
+    """A CLIP with the texts of its two heads; both towers and s are trained.
 
-    Both towers and s are trained, or (tune_text=False) the image tower alone.
     forward(images (B, 3, H, W), classes (U,)) -> f (B, D), W_df of these classes (U, D),
     W_cd (C, D), s (). Without with_cd, W_cd may be None.
     """
 
-    def __init__(self, clip_model, df, cd, classes, tune_text=True, amp=None):
+    def __init__(self, clip_model, df, cd, classes, amp=None):
         super().__init__()
-        self.clip, self.amp, self.tune_text = copy.deepcopy(clip_model), amp, tune_text
-        self.all = torch.arange(classes)
-        both = torch.cat([df.tokens.flatten(), cd.tokens.flatten()])
-        self.used, rows = common.shrink_vocabulary(self.clip, both)
-        split = df.tokens.numel()
-        self.df = Texts(rows[:split].view_as(df.tokens), df.owner)
-        self.cd = Texts(rows[split:].view_as(cd.tokens), cd.owner)
-        for name, parameter in self.clip.named_parameters():
-            text = tune_text and name != "logit_bias"  # SigLIP's, which no loss here uses
-            parameter.requires_grad_(text or name.startswith("visual."))
+        self.clip, self.amp = copy.deepcopy(clip_model), amp
+        self.df, self.cd, self.all = df, cd, torch.arange(classes)
         self.fixed_heads = None
 
     def head(self, texts, classes):
@@ -222,33 +205,25 @@ class DualPrompts(nn.Module):
             return text_head(self.clip, texts, classes)
 
     def heads(self):
-        """W_df, W_cd (C, D), computed once while the text tower does not change."""
+        """W_df, W_cd (C, D), computed once until the next training step."""
         if self.fixed_heads is None:
             with torch.no_grad():
                 self.fixed_heads = self.head(self.df, self.all), self.head(self.cd, self.all)
         return self.fixed_heads
 
     def train(self, mode=True):
-        if self.tune_text:
-            self.fixed_heads = None
+        self.fixed_heads = None
         return super().train(mode)
 
     def forward(self, images, classes, with_cd=True):
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             f = self.clip.visual(images)
         f, s = F.normalize(f.float(), dim=-1), self.clip.logit_scale.exp()
-        if self.training and self.tune_text:
+        if self.training:
             w_cd = self.head(self.cd, self.all) if with_cd else None
             return f, self.head(self.df, classes), w_cd, s
         w_df, w_cd = self.heads()
-        return f, w_df[common.moved(classes, f.device)], w_cd, s
-
-    def full_state(self, whole):
-        """State dict by open_clip's names; token embeddings not in use are those of `whole`."""
-        state = self.clip.state_dict()
-        name = next(key for key in state if key.endswith("token_embedding.weight"))
-        state[name] = whole[name].index_copy(0, self.used.to(state[name].device), state[name])
-        return state
+        return f, w_df[classes], w_cd, s
 
 
 # ---------------------------------------- Loss ----------------------------------------
@@ -266,7 +241,7 @@ def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, er
 
     def estimate(batch):
         """p_c (B, C)"""
-        A_0 = common.moved(features_0[batch.index], device) @ w_cd_0.T  # (B, C)
+        A_0 = features_0[batch.index].to(device, non_blocking=True) @ w_cd_0.T  # (B, C)
         if targets == "paper":
             return core_targets(A_0, batch.labels, low, high, s_0, tau)
         if targets == "softmax":
@@ -277,7 +252,7 @@ def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, er
         classes, rows = torch.arange(C), batch.labels
         if erm == "flyp":  # captions of the batch's classes only
             classes, rows = labels[batch.index].unique(return_inverse=True)
-            rows = common.moved(rows, device)
+            rows = rows.to(device, non_blocking=True)
         f, w_df, w_cd, s = model(batch.images, classes, lam > 0)
         if erm == "flyp":
             risk = contrastive_loss(*whole_batch(f, w_df[rows]), s)   # R(df)
@@ -314,124 +289,81 @@ def three_rows(models, beta):
         for name, model in models.items():
             logits_df, logits_cd = both_logits(model, images)
             df, cd = project(logits_df), project(logits_cd)
-            mixed = common.log_mixture(df, cd, beta)
+            mixed = common.log_probabilities(mixture(df.double(), cd.double(), beta))
             found |= {f"{name} df": df, f"{name} cd": cd, f"{name} mixture": mixed}
         return found
     return rows
 
 
-def predict(args):
-    """--predict with the mixture of the run --finetuned."""
-    run = Path(args.finetuned)
-    device, amp = common.compute_device(args)
-    saved = common.load_saved(run, device, amp)
-    w_cd = cd_head(run, saved.tensors).to(device)
-    beta = common.read_json(run / "args.json", "a finished run")["beta"]
-
-    def probabilities(images):
-        logits_df, f = saved.model(images)
-        return [mixture(logits_df, saved.model.scale * f @ w_cd.T, beta)]
-    common.predict_folder(args, saved, device, probabilities)
-
-
-def cd_head(run, tensors):
-    if "head_cd" not in tensors:
-        raise common.Fail(f"--finetuned {run}: not a run of drm.py, its head has no cd part")
-    return tensors["head_cd"]
-
-
 # ------------------------------------ Descriptions ------------------------------------
 
-REQUEST = """For each class below, describe in one sentence what makes it recognisable in any
-image: its shape, parts, texture and colours that belong to the thing itself.
-Leave out the class name, and all that may surround it: background, place, weather, season,
-other objects, style of the picture. At most 50 words each. Answer with one JSON object whose keys
-are exactly these class names and whose values are the descriptions, and nothing else.
+def descriptions(pairs, classnames, aliases, source):
+    """A list of texts for each class, from (key, value) pairs in the order of a JSON object.
 
-"""
-
-
-def descriptions(pairs, classnames, source, other_names=None):
-    """A list of texts for each class, from any of the released shapes.
-
-    pairs: (key, value) of the file, in its order: {index: text}, or {name: text or [texts]}
-    joined by name in any case. ImageNet has two classes "missile" and two "sunglasses", iWildCam
-    178 English names for 182 classes: where names are not unique the join is by position, each
-    key being the class's name or its other name (iWildCam's Latin ones), and keys that differ
-    are printed.
+    A key is a class's name or second name, exactly or else in any case; the k-th key of a name is
+    of the k-th class of that name, unless a key stands at its class's place (ImageNet has two
+    "missile"). Keys that are all indices, and none a name, count the classes. Keys and classes
+    that are left at the same places are joined, and said, at most a tenth; then a class without a
+    key takes the text of another of its name.
     """
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise common.Fail(f"{source}: expected a JSON object of class names or indices with a "
-                          "text or a list of texts")
-    C, names = len(classnames), [name.lower() for name in classnames]
-    if len(pairs) != C:
-        raise common.Fail(f"{source}: {len(pairs)} descriptions for {C} classes")
-    keys, values = [key.lower() for key, _ in pairs], [value for _, value in pairs]
-    by_key = dict(zip(keys, values))
-    indices = [str(i) for i in range(C)]
-    if sorted(keys) == sorted(indices) != sorted(names):  # names that are numbers are still names
-        values = [by_key[i] for i in indices]
-    elif len(set(names)) == C and len(by_key) == C:
-        for name in names:
-            if name not in by_key:
-                raise common.Fail(f"{source}: no description of class '{name}'")
-        values = [by_key[name] for name in names]
-    else:
-        others = [name.lower() for name in other_names or classnames]
-        differ = [f"'{key}' for '{name}'" for key, name, other in zip(keys, names, others)
-                  if key not in (name, other)]
-        if len(differ) > 0.1 * C:
-            raise common.Fail(f"{source}: class names are not unique, so descriptions are joined "
-                              f"by position, but {len(differ)} of {C} keys are not the class at "
-                              f"their position ({differ[0]})")
-        common.say(f"{source}: joined by position; keys that differ: "
-                   f"{', '.join(differ) or 'none'}")
-    texts = [value if isinstance(value, list) else [value] for value in values]
-    for name, own in zip(classnames, texts):
-        if not own or not all(isinstance(text, str) and text.strip() for text in own):
-            raise common.Fail(f"{source}: the description of class '{name}' is not a text or a "
-                              "list of texts")
-    return texts
-
-
-def read_descriptions(args, data):
-    """descriptions() from --descriptions, or those that the data set brings."""
-    pairs, source = data.descriptions, "descriptions.json"
-    if args.descriptions != "none":
-        source = Path(args.descriptions)
-        pairs = common.read_json(source, "a description file", pairs=True)
-    if pairs is None:
-        raise common.Fail(f"--data {args.data} brings no descriptions: give --descriptions "
-                          "FILE.json; --print-prompt prints a request with which an LLM can write "
-                          "them")
-    return descriptions(pairs, data.classnames, source, data.other_names), source
-
-
-def tokenize(texts, tokenizer, context, source):
-    """Texts of a list of texts for each class; a text that is too long is refused."""
-    flat, owner = [], []
-    for c, own in enumerate(texts):
-        flat += own
-        owner += [c] * len(own)
-    longer = tokenizer(flat, context_length=context + 1)
-    pad = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", 0)
-    for text, last in zip(flat, longer[:, context].tolist()):
-        if last != pad:
-            raise common.Fail(f"{source}: longer than the {context} tokens of the text tower: "
-                              f"'{text[:60]}...'")
-    return Texts(tokenizer(flat, context_length=context), torch.tensor(owner))
+    keys, C, of_class = [key for key, _ in pairs], len(classnames), {}  # class -> place of its key
+    if sorted(keys) == sorted(map(str, range(C))) and not set(keys) & {*classnames, *aliases}:
+        of_class = {int(key): k for k, key in enumerate(keys)}
+        common.say(f"{source}: keys are indices: 0 {classnames[0]}, 1 {classnames[1]}, ...")
+    for names in (classnames, aliases):
+        for form in (common.plain, str.casefold):
+            places = defaultdict(list)  # of keys without a class
+            for k in sorted(set(range(len(keys))) - set(of_class.values())):
+                places[form(keys[k])].append(k)
+            left = [c for c in range(C) if c not in of_class]
+            at_place = [c for c in left if c in places[form(names[c])]]
+            for c in dict.fromkeys(at_place + left):
+                found = places[form(names[c])]
+                if found:
+                    of_class[c] = found.pop(found.index(c) if c in found else 0)
+    of_name = {classnames[c]: k for c, k in of_class.items()}
+    free = set(range(len(keys))) - set(of_class.values())
+    by_place = [c for c in range(C) if c not in of_class and c in free]
+    of_class |= {c: c for c in by_place}
+    of_class |= {c: of_name[name] for c, name in enumerate(classnames)
+                 if c not in of_class and name in of_name}
+    missing = [name for c, name in enumerate(classnames) if c not in of_class]
+    unknown = [keys[k] for k in sorted(free - set(by_place))]
+    if missing or unknown or len(by_place) > 0.1 * C:
+        raise common.Fail(f"{source}: classes without a description: {missing[:5]}, keys that are "
+                          f"no class: {unknown[:5]}, neither, at equal places: {len(by_place)}")
+    if by_place:
+        joined = ", ".join(f"'{keys[c]}' for '{classnames[c]}'" for c in by_place)
+        common.say(f"{source}: joined by their places: {joined}")
+    found = []
+    for c, name in enumerate(classnames):
+        value = pairs[of_class[c]][1]
+        texts = value if isinstance(value, list) else [value]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise common.Fail(f"{source}: '{name}' has no text or list of texts")
+        found.append(texts)
+    return found
 
 
 # ---------------------------------------- main ----------------------------------------
 
-def read_texts(setup):
-    """Texts of both heads: default prompts and concept descriptions."""
-    prompts = [[setup.args.prompt.replace("{}", name)] for name in setup.data.classnames]
-    described, source = read_descriptions(setup.args, setup.data)
-    found = []
-    for texts, where in ((prompts, "--prompt"), (described, source)):
-        found.append(tokenize(texts, setup.tokenizer, setup.clip.context_length, where))
-    return found
+def read_texts(args, data):
+    """(prompts, descriptions): the texts of both heads, a list for each class."""
+    source, pairs = args.descriptions or "descriptions.json", data.descriptions
+    if args.descriptions:
+        pairs = common.read_json(Path(source), list)  # keys may repeat
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise common.Fail(f"--data {args.data} brings no descriptions: give --descriptions "
+                          "FILE.json, an object of class names and texts")
+    prompts = [[args.prompt.replace("{}", name)] for name in data.classnames]
+    return prompts, descriptions(pairs, data.classnames, data.aliases or data.classnames, source)
+
+
+def encode(texts, setup):
+    """Texts of a list of texts for each class."""
+    owner = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(own) for own in texts]))
+    tokens = common.tokenize(sum(texts, []), setup.tokenizer, setup.clip.context_length)
+    return Texts(tokens, owner)
 
 
 def fine_tune(setup, zero_shot, features_0, lam, out):
@@ -443,64 +375,72 @@ def fine_tune(setup, zero_shot, features_0, lam, out):
     beta = args.beta if lam else 1.0  # ERM has the df head alone
 
     def predicted(model, images):
-        return common.log_mixture(*both_logits(model, images), beta)
-    model = setup.fit(copy.deepcopy(zero_shot), loss_fn, out, predicted)
+        return common.log_probabilities(mixture(*both_logits(model, images), beta))
+    model = common.train(zero_shot, loss_fn, setup, out, predicted, ("clip.logit_bias",))
     w_df, w_cd = model.heads()
     df = common.ImageClassifier(model.clip.visual, w_df, model.clip.logit_scale.exp().item())
-    state = model.full_state(setup.clip.state_dict())
-    text = {name: value for name, value in state.items() if not name.startswith("visual.")}
-    common.save_run(setup, df, out, head={"head_cd": w_cd, "head_0": w_df_0}, text=text)
+    common.save_run(setup, df, out, head={"head_cd": w_cd, "head_0": w_df_0},
+                    text=model.clip.state_dict())
     return model
 
 
-def load_tuned(setup, df, cd):
-    """The DualPrompts of --finetuned: a run of drm.py, or a CLIP that was tuned elsewhere."""
-    path = Path(setup.args.finetuned)
-    if (path / "head.safetensors").is_file():
-        cd_head(path, common.load_tensors(path / "head.safetensors")[0])
-    tuned = copy.deepcopy(setup.clip)
-    common.load_weights(tuned, common.finetuned_weights(setup), setup.args)
-    classes = len(setup.data.classnames)
-    return DualPrompts(tuned, df, cd, classes, setup.args.tune_text, setup.amp).eval()
+def average(model_0, model_1, alpha):
+    """The model with weights (1 - alpha) theta_0 + alpha theta_1: WiSE-FT after DRM."""
+    theta_0, theta, model = model_0.state_dict(), model_1.state_dict(), copy.deepcopy(model_1)
+    for name, value in theta.items():
+        if value.is_floating_point():
+            theta[name] = (1 - alpha) * theta_0[name] + alpha * value
+    model.load_state_dict(theta)
+    return model.eval()
+
+
+def of_run(args, amp):
+    """(ImageClassifier of the df head, class names, W_cd (C, D)) of the run --finetuned."""
+    model, classnames, tensors = common.load_run(Path(args.finetuned), amp)
+    if "head_cd" not in tensors:
+        raise common.Fail(f"--finetuned {args.finetuned}: not a run of drm.py: it has no cd head")
+    return model, classnames, tensors["head_cd"].to(common.DEVICE)
+
+
+def predict(args):
+    """--predict with the mixture of the run --finetuned."""
+    model, classnames, w_cd = of_run(args, common.tower_precision(args))
+
+    def probabilities(images):
+        logits_df, f = model(images)
+        return [mixture(logits_df, model.scale * f @ w_cd.T, args.beta)]
+    common.predict(args, model, classnames, probabilities)
 
 
 def main():
     args = get_args()
-    if args.predict != "none":
+    if args.predict:
         return predict(args)
-    if args.prompt.count("{}") != 1:
-        raise common.Fail(f"--prompt '{args.prompt}': must hold {{}} once, where the class name "
-                          "goes")
-    if args.print_prompt:
-        names = common.load_data(args).classnames
-        return print(REQUEST + json.dumps(names, indent=1, ensure_ascii=False))
-    setup = common.start(args)
-    if args.keep == "best" and args.finetuned == "none" and not len(setup.data.val):
-        raise common.Fail("--keep best: no held-out images to stop early on; raise --holdout, or "
-                          "pass --keep last")
-    df, cd = read_texts(setup)
-    classes = len(setup.data.classnames)
-    zero_shot = DualPrompts(setup.clip, df, cd, classes, args.tune_text, setup.amp).eval()
+    data = common.load_data(args)
+    prompts, described = read_texts(args, data)
+    data.texts = prompts + described
+    if Path(args.finetuned, "head.safetensors").is_file():
+        of_run(args, None)
+    setup = common.start(args, data)
+    classes = len(data.classnames)
+    df, cd = encode(prompts, setup), encode(described, setup)
+    zero_shot = DualPrompts(setup.clip, df, cd, classes, setup.amp).eval()
     models = {"zero-shot": zero_shot}
-    if args.finetuned != "none":
-        models["DRM"] = load_tuned(setup, df, cd)
-        setup.out = common.run_folder(args)
+    if args.finetuned:
+        tuned = common.load_tuned_clip(setup)
+        models["DRM"] = DualPrompts(tuned, df, cd, classes, setup.amp).eval()
     else:
-        setup.out = common.run_folder(args)
-        common.evaluate_first(three_rows(models, args.beta), setup)
-        encoder = setup.classifier(head=zero_shot.heads()[0])
-        features_0 = common.features_once(encoder, setup.data.train, setup, setup.out)
+        common.preview(three_rows(models, args.beta), setup)
+        encoder = common.ImageClassifier(setup.clip.visual, zero_shot.heads()[0], amp=setup.amp)
+        features_0 = common.features_of(encoder.eval(), data.train, setup)
         if args.baseline and args.lam:
             models["ERM"] = fine_tune(setup, zero_shot, features_0, 0, setup.out / "erm")
         name = "DRM" if args.lam else "ERM"
         models[name] = fine_tune(setup, zero_shot, features_0, args.lam, setup.out)
     if args.alpha:
         name, tuned = list(models.items())[-1]
-        average = common.average(zero_shot, tuned, args.alpha)
-        models[f"{name} + WiSE {args.alpha:g}"] = average
-    results = common.evaluate(three_rows(models, args.beta), setup)
-    common.plot_plane(common.plane(results, setup.measure), setup)
-    common.finish(setup, results)
+        models[f"{name} + WiSE {args.alpha:g}"] = average(zero_shot, tuned, args.alpha)
+    common.finish(setup, common.evaluate(three_rows(models, args.beta), setup))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,8 @@ Deviations (released code: knn_distance.py, models/calibration.py, main.py, base
        not on the ID test set; --select-on-test. OSE's and WSE's alpha are of 0, 0.1, ..., 1 as
        in the paper; the code's of 0.1, ..., 0.9. OSE is calibrated like VRF, theirs is not.
     5. From the code, with the paper's Section 3.2: a, b are swept, except on ImageNet; a among
-       quantiles of d, b among fractions of its spread, since d differs between data sets. From
-       both: what is chosen is not the best held-out accuracy (--choose best), which is ID
-       accuracy and prefers the fine-tuned model: of the candidates within one standard error of
-       it, the one whose mean weight is nearest 0.5.
+       quantiles of d, b among fractions of its spread, since d differs between data sets. Of
+       equal accuracies the one whose mean weight is nearest 0.5 is taken.
     6. From the code: the fine-tuned model is trained here, with WiSE-FT's recipe and its
        deviations (header of wise_ft.py); theirs for ViT-B/16 is WiSE-FT's checkpoint, which
        --finetuned takes as a state dict.
@@ -51,11 +49,8 @@ Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on Image
     shifts (not run by us): zero-shot 68.3/58.4, fine-tuned 81.3/53.7, WSE 82.5/60.6 (alpha 0.7,
     chosen on ID), OSE 82.2/60.2, VRF 82.3/61.8.
 """
-import argparse
 import copy
-import functools
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,43 +60,33 @@ import common
 # ---------------------------------------- Args ----------------------------------------
 
 PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0,
-             augment="crop", sweep=True, k_rule="code")
+             augment="crop", k_rule="code")  # WiSE-FT's
 RECIPES = {
-    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1,
-                   augment="none", k_rule="paper"),
-    "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1, k_rule="paper"),
-    "imagenet": dict(PAPER, holdout=0.02, sweep=False),
-    "cifar10": PAPER,
-    "iwildcam": PAPER,  # this and the next two are not in the paper
-    "fmow": PAPER,
-    "domainnet": dict(PAPER, holdout=0.02),
+    "imagenet": dict(PAPER, a=1.5, b=0.6), "cifar10": PAPER,
+    "iwildcam": PAPER, "fmow": PAPER, "domainnet": PAPER,  # these and the next not in the paper
+    "folder": dict(PAPER, k_rule="paper"), "shapes": dict(PAPER, k_rule="paper"),
 }
 ALPHAS = [round(0.1 * i, 1) for i in range(11)]  # of OSE and WSE, as in the paper
 
 
 def get_args():
-    switch = argparse.BooleanOptionalAction
     p = common.parser(__doc__)
     p.add("--distance", "squared", "squared as the code, l2 as the paper",
           choices=["squared", "l2"])
-    p.add("--k-rule", common.RECIPE, "k = round(1000 |V| / |train|) as the code, floor(0.1% |V|) "
-          "as the paper", choices=["code", "paper"])
-    p.add("--k", 0, "k itself; 0 follows --k-rule", type=common.limited(int, 0))
-    p.add("--a", 1.5, "distance at which both models count the same, without --sweep (paper: 1.5)",
-          type=common.limited(above=0))
-    p.add("--b", 0.6, "width of the change, without --sweep (paper: 0.6)",
-          type=common.limited(above=0))
-    p.add("--sweep", common.RECIPE, "choose a and b on held-out images", action=switch)
-    p.add("--choose", "one-se", "alpha, a and b: within one standard error of the best held-out "
-          "accuracy the mean weight nearest 0.5, or the best accuracy as the paper",
-          choices=["one-se", "best"])
-    p.add("--calibrate", True, "temperatures at which confidence equals accuracy", action=switch)
-    p.add("--space", "probabilities", "what is averaged; logits is the paper's Section 5.3",
-          choices=["probabilities", "logits"])
-    p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
+    k = p.add_mutually_exclusive_group()
+    p.add("--k-rule", "code", "k = round(1000 |V| / |train|) as the code, floor(0.1%% |V|) as the "
+          "paper", k, choices=["code", "paper"])
+    p.add("--k", 0, "k itself; 0 follows --k-rule", k)
+    p.add("--a", 0.0, "distance at which both models count the same (paper: 1.5); 0: a and b are "
+          "chosen on held-out images")
+    p.add("--b", 0.0, "width of the change from one model to the other (paper: 0.6)")
+    p.add("--calibrate", True, "temperatures at which confidence equals accuracy")
     p.add("--select-on-test", False, "choose on the ID test set, as the released code does for "
-          "temperatures and alpha", action=switch)
-    return common.parse(p, "vrf", RECIPES)
+          "temperatures and alpha")
+    args = common.parse(p, "vrf", RECIPES)
+    if (args.a > 0) != (args.b > 0):
+        raise common.Fail("--a and --b: give both, or neither")
+    return args
 
 
 # ------------------------------------- Equations -------------------------------------
@@ -146,7 +131,7 @@ def knn_distance(queries, bank, k, squared=True, chunk=None):
         raise ValueError(f"k = {k} is not within 1 and the {len(bank)} rows of the bank")
     chunk = chunk or max(1, 2**26 // len(bank))
     norms, found = bank.square().sum(1), []
-    # One buffer for all chunks: fresh pages are slow.
+    # One buffer for all chunks: fresh pages are slow
     buffer = queries.new_empty(min(chunk, len(queries)), len(bank))
     for q in queries.split(chunk):
         # |b|^2 - 2 q.b = d^2 - |q|^2 ranks a row as d does; as a distance it would cancel.
@@ -180,297 +165,224 @@ def calibration_temperature(logits, labels, low=1e-3, high=1e3):
     return (low * high) ** 0.5
 
 
-def ensemble(logits_zs, logits_ft, weight, t_zs=1.0, t_ft=1.0, space="probabilities"):
+def ensemble(logits_zs, logits_ft, weight, t_zs=1.0, t_ft=1.0):
     """Eq. (5): weight p_ft + (1 - weight) p_zs, (N, C); weight (N,), or a number for Eq. (1).
 
-    p = softmax(logits / T), with logits already in the test set's label space. space="logits"
-    averages logits / T and then takes the softmax (paper, Section 5.3).
+    p = softmax(logits / T), with logits already in the test set's label space.
     """
     w = torch.as_tensor(weight, dtype=logits_zs.dtype, device=logits_zs.device).reshape(-1, 1)
-    if space == "logits":
-        return (w * logits_ft / t_ft + (1 - w) * logits_zs / t_zs).softmax(dim=1)
     return w * (logits_ft / t_ft).softmax(dim=1) + (1 - w) * (logits_zs / t_zs).softmax(dim=1)
 
 
 # ------------------------------------- Inference -------------------------------------
 
-class Outputs(NamedTuple):
-    """What the ensembles need of N images."""
-    logits_zs: torch.Tensor  # (N, C') in the set's label space
-    logits_ft: torch.Tensor  # (N, C')
-    v: torch.Tensor          # (N, D) unit features of the fine-tuned model
-    d: torch.Tensor          # (N,) distance to the failures, NaN if there are none
-    labels: torch.Tensor     # (N,)
-
-
-def failures_of(zero_shot, fine_tuned, setup, folder):
+def failures_of(zero_shot, fine_tuned, setup):
     """V (|V|, D): unit features of the zero-shot failures among un-augmented training images."""
     def outputs(images, labels):
         logits_ft, v = fine_tuned(images)
-        return {"failure": zero_shot_failures(zero_shot(images)[0], logits_ft, labels), "v": v}
-    models = [zero_shot, fine_tuned]
-    seen = common.collect_once(outputs, models, setup.data.train, setup, folder)
-    return seen["v"][seen["failure"]]
+        return {"V": v[zero_shot_failures(zero_shot(images)[0], logits_ft, labels)]}
+    return common.collect(outputs, setup.data.train, setup)["V"]
 
 
-def outputs_of(zero_shot, fine_tuned, images, bank, k, setup, folder):
-    """Outputs of an ImageSet; all but the distance is computed once for these two models."""
-    def outputs(x, labels):
-        logits_ft, v = fine_tuned(x)
-        return {"logits_zs": images.project(zero_shot(x)[0]),
-                "logits_ft": images.project(logits_ft), "v": v}
-    found = common.collect_once(outputs, [zero_shot, fine_tuned], images, setup, folder)
-    place = setup.device if setup.device.type == "cuda" else torch.device("cpu")
-    found["d"] = distances(found["v"], bank, k, setup.args.distance, place)
-    found["labels"] = images.labels
-    return Outputs(**{name: value.to(place) for name, value in found.items()})
+def distance_to(bank, k, kind):
+    """v (B, D) -> d (B,) to a bank (N, D), float64; NaN if it is empty."""
+    bank = bank.to(common.DEVICE)
+
+    def distance(v):
+        if not len(bank):
+            return v.new_full((len(v),), torch.nan).double()
+        return knn_distance(v, bank, k, kind == "squared").double()
+    return distance
 
 
-def distances(v, bank, k, kind, device):
-    if not len(bank):
-        return torch.full((len(v),), torch.nan, device=device)
-    return knn_distance(v.to(device), bank.to(device), k, kind == "squared")
+def outputs_of(zero_shot, fine_tuned, distance, images, project):
+    """logits_zs, logits_ft (B, C') and d (B,) of images, in float64."""
+    logits_ft, v = fine_tuned(images)
+    return project(zero_shot(images)[0]).double(), project(logits_ft).double(), distance(v)
 
 
-def log_ensemble(outputs, weight, t_zs, t_ft, space):
-    """Logarithm of Eq. (1) or (5), exact, (N, C'); weight: (N,), or one number."""
-    if space == "logits":
-        mean = ensemble(outputs.logits_zs, outputs.logits_ft, weight, t_zs, t_ft, space)
-        return mean.log()
-    return common.log_mixture(outputs.logits_ft / t_ft, outputs.logits_zs / t_zs, weight)
+def omega(d, a, b, alpha):
+    """Eq. (6), or OSE's alpha where there is no distance."""
+    return ft_weight(d, a, b).nan_to_num(alpha)
 
 
-def accuracy(log_probs, labels):
-    return 100 * (log_probs.argmax(1) == labels).double().mean().item()
+def temperature(model, logits, images):
+    """calibration_temperature() of a model, or 1 where none gives its accuracy on these images."""
+    t = calibration_temperature(logits, images.labels)
+    if 1.01e-3 < t < 0.99e3:
+        return t
+    common.say(f"warning: no temperature gives the {model} model's accuracy on {images.name}, "
+               f"{len(images)} images; 1 is used")
+    return 1.0
 
 
-def temperatures(outputs, name):
-    """(T_zs, T_ft) at which confidence equals accuracy on these Outputs."""
-    found = []
-    for model, logits in (("zero-shot", outputs.logits_zs), ("fine-tuned", outputs.logits_ft)):
-        t = calibration_temperature(logits, outputs.labels)
-        if not 1.01e-3 < t < 0.99e3:
-            common.say(f"warning: no temperature gives the {model} model's accuracy on {name}; "
-                       f"{t:.3g} is used")
-        found.append(t)
-    return found
+def weight_grid(d):
+    """[(a, b), ...]: a among quantiles of the distances d (N,), b among fractions of their spread.
+
+    Our grid; the paper's Section 3.2 sweeps without one, Table 10 and C.2 show one.
+    """
+    spread = max(d.std(correction=0).item(), 1e-6)
+    grid = []
+    for a in d.quantile(torch.linspace(0, 1, 21).double()).clamp(min=1e-6).tolist():
+        grid += [(a, share * spread) for share in (0.25, 0.5, 1, 2)]
+    return grid
 
 
-def choose_alpha(mix, outputs, rule):
-    """OSE's alpha, on these Outputs."""
-    scores = [accuracy(mix(outputs, alpha), outputs.labels) for alpha in ALPHAS]
-    return ALPHAS[common.choose(scores, ALPHAS, len(outputs.labels), rule)]
-
-
-def choose_wse_alpha(zero_shot, fine_tuned, images, rule, setup):
-    """WSE's alpha, on this ImageSet."""
-    scores = common.accuracies(wse_rows(zero_shot, fine_tuned), images, setup)
-    return ALPHAS[common.choose(list(scores.values()), ALPHAS, len(images), rule)]
+def accuracy(probs, labels):
+    return 100 * (probs.argmax(1) == labels).double().mean().item()
 
 
 def wse_rows(zero_shot, fine_tuned):
-    """rows(images, project) -> {alpha as text: logits}; eleven models at once would fill a GPU."""
-    theta_zs, theta_ft = zero_shot.state_dict(), copy.deepcopy(fine_tuned.state_dict())
+    """rows(images, project) -> {"WSE ALPHA": logits}; eleven models at once would fill a GPU."""
+    theta_zs, theta_ft = zero_shot.state_dict(), fine_tuned.state_dict()
     model = copy.deepcopy(fine_tuned)
 
     def rows(images, project):
         found = {}
         for alpha in ALPHAS:
             model.load_state_dict(weight_ensemble(theta_zs, theta_ft, alpha))
-            found[str(alpha)] = project(common.classify(model, images))
+            found[f"WSE {alpha:g}"] = project(common.classify(model, images))
         return found
     return rows
 
 
-def sweep_weight(mix, outputs, rule):
-    """(a, b), on these Outputs: a among quantiles of d, b among fractions of its spread.
+def table_rows(zero_shot, fine_tuned, distance, mix, alpha, grid):
+    """rows(images, project) of all models and ensembles, and of each image d and both classes."""
+    wse = wse_rows(zero_shot, fine_tuned)
 
-    The paper sweeps a grid (Section 3.2). mix(outputs, weight) -> (N, C), whose argmax counts.
-    """
-    d = outputs.d.double()
-    spread = max(d.std(correction=0).item(), 1e-6)
-    steps = torch.linspace(0, 1, 21, dtype=torch.double, device=d.device)
-    grid, scores, weights = [], [], []
-    for a in d.quantile(steps).clamp(min=1e-6).tolist():
-        for b in (0.25 * spread, 0.5 * spread, spread, 2 * spread):
-            omega = ft_weight(outputs.d, a, b)
-            grid.append((a, b))
-            scores.append(accuracy(mix(outputs, omega), outputs.labels))
-            weights.append(omega.mean().item())
-    return grid[common.choose(scores, weights, len(d), rule)]
+    def rows(images, project):
+        zs, ft, d = outputs_of(zero_shot, fine_tuned, distance, images, project)
+        found = {"zero-shot": zs, "fine-tuned": ft, "d": d, "class zs": zs.argmax(1),
+                 "class ft": ft.argmax(1), **wse(images, project)}
+        for weight in ALPHAS:
+            found[f"OSE {weight:g}"] = common.log_probabilities(mix(zs, ft, weight))
+        for i, (a, b) in enumerate(grid):
+            weight = omega(d, a, b, alpha)
+            found[f"VRF {i}"] = common.log_probabilities(mix(zs, ft, weight))
+        return found
+    return rows
 
 
 # -------------------------------------- Figure --------------------------------------
 
-def plot_ratio(tests, state, path, bins=12):
-    """Figure 1b: Acc_ft / Acc_zs in bins of d(x) over all test images, and the curve omega(d)."""
+def plot_ratio(d, right_zs, right_ft, state, path, bins=12):
+    """Figure 1b: Acc_ft / Acc_zs in bins of d(x) over all test images, and the curve omega(d).
+
+    d, right_zs, right_ft (N,): the last two whether that model is right.
+    """
     plt = common.pyplot()
     if plt is None or not state["failures"]:
         return
-    d = torch.cat([o.d for o in tests]).cpu()
-    right_zs = torch.cat([o.logits_zs.argmax(1) == o.labels for o in tests]).cpu()
-    right_ft = torch.cat([o.logits_ft.argmax(1) == o.labels for o in tests]).cpu()
-    x, ratio = [], []
-    for part in d.argsort().tensor_split(bins):
-        if right_zs[part].any():
-            x.append(d[part].mean())
-            ratio.append(right_ft[part].sum() / right_zs[part].sum())
     figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    points = ax.plot(x, ratio, "o-", label=r"Acc$_{ft}$ / Acc$_{zs}$, bins of equal count")
-    ax.axhline(1, color="grey", linewidth=0.8)
-    ax.set(xlabel=f"d(x), {state['distance']} distance to neighbour {state['k']} of "
-           f"{state['failures']} failures", ylabel=r"Acc$_{ft}$ / Acc$_{zs}$")
-    twin, x = ax.twinx(), torch.linspace(d.min(), d.max(), 200)
-    a, b = state["a"], state["b"]
-    curve = twin.plot(x, ft_weight(x, a, b), "--", color="tab:red",
-                      label=rf"$\omega$(d), a = {a:.3g}, b = {b:.3g}")
-    twin.set(ylabel=r"weight $\omega$ of the fine-tuned model", ylim=(0, 1))
-    figure.legend(handles=points + curve, loc="outside upper center", ncols=2)
+    parts = [part for part in d.argsort().tensor_split(bins) if right_zs[part].any()]
+    ratio, = ax.plot([d[part].mean() for part in parts],
+                     [right_ft[part].sum() / right_zs[part].sum() for part in parts], "o-")
+    ax.set(xlabel=f"d(x), distance to neighbour {state['k']} of {state['failures']} failures",
+           ylabel=r"Acc$_{ft}$ / Acc$_{zs}$ in bins of equal count")
+    x, weights = torch.linspace(d.min(), d.max(), 200), ax.twinx()
+    curve, = weights.plot(x, ft_weight(x, state["a"], state["b"]), "C1--")
+    weights.set(ylabel=r"weight $\omega$(d) of the fine-tuned model", ylim=(0, 1))
+    ax.legend([ratio, curve], ["ratio of accuracies", r"$\omega$(d)"])
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 # ---------------------------------------- main ----------------------------------------
 
-def fine_tune(setup, zero_shot, out):
-    """Plain end-to-end fine-tuning as in the paper: WiSE-FT's recipe and head."""
-    def loss_fn(model, batch):
-        return F.cross_entropy(model(batch.images)[0], batch.labels), {}
-    fine_tuned = copy.deepcopy(zero_shot)
-    for parameter in (fine_tuned.head, fine_tuned.bias):
-        parameter.requires_grad_(setup.args.freeze != "head")
-    setup.fit(fine_tuned, loss_fn, out)
-    return fine_tuned
+def cross_entropy(model, batch):
+    """loss_fn(model, batch) of plain end-to-end fine-tuning, as WiSE-FT's."""
+    return F.cross_entropy(model(batch.images)[0], batch.labels), {}
 
 
 def two_models(setup):
     """(zero-shot, fine-tuned), of --finetuned or trained now; leaves both in the new run."""
-    if setup.args.finetuned != "none":
+    if setup.args.finetuned:
         zero_shot, fine_tuned = common.load_finetuned(setup)
-        setup.out = common.run_folder(setup.args)
     else:
-        setup.out = common.run_folder(setup.args)
-        zero_shot = setup.classifier(folded=True)
-        common.evaluate_first(common.each({"zero-shot": zero_shot}), setup)
-        fine_tuned = fine_tune(setup, zero_shot, setup.out / "fine-tuned")
+        W, s = setup.head, setup.scale
+        zero_shot = common.ImageClassifier(setup.clip.visual, s * W, bias=True,
+                                           amp=setup.amp).eval()
+        common.preview(common.each({"zero-shot": zero_shot}), setup)
+        fine_tuned = common.train(zero_shot, cross_entropy, setup, setup.out / "fine-tuned")
     common.save_run(setup, zero_shot, setup.out / "zero-shot")
     common.save_run(setup, fine_tuned, setup.out / "fine-tuned")
     return zero_shot, fine_tuned
 
 
-def images_to_choose_on(setup):
-    """(name, ImageSet) for temperatures, alpha, a and b: held-out training images."""
-    args, name, images = setup.args, "held-out", setup.data.val
-    if args.select_on_test:
-        name, images = next(iter(setup.data.tests.items()))
-        common.say(f"--select-on-test: temperatures, alpha and, with --sweep, a and b are chosen "
-                   f"on the test set {name}; its accuracy is then no estimate for new images")
-    if (args.calibrate or args.sweep) and not len(images):
-        raise common.Fail("no held-out images to calibrate and sweep on: set --holdout where the "
-                          "model is trained, or pass --no-calibrate --no-sweep, or "
-                          "--select-on-test")
-    return name, images
-
-
 def main():
     args = get_args()
-    if args.predict != "none":
+    if args.predict:
         return predict(args)
-    if args.sweep and (args.a, args.b) != (1.5, 0.6):
-        raise common.Fail(f"--a {args.a:g} --b {args.b:g}: would be replaced by the sweep; add "
-                          "--no-sweep")
-    setup = common.start(args)
-    chosen_on, images = images_to_choose_on(setup)
+    data = common.load_data(args)
+    images = next(iter(data.tests.values())) if args.select_on_test else data.val
+    if not len(images):
+        raise common.Fail("no held-out images to choose on: raise --holdout, or --select-on-test")
+    setup = common.start(args, data)
     zero_shot, fine_tuned = two_models(setup)
 
-    # Step 1: the zero-shot failures V, and what the ensembles need: both logits, v, d
-    given = Path(args.finetuned)
-    folder = given if given.is_dir() else setup.out  # other runs find its cache
-    bank = failures_of(zero_shot, fine_tuned, setup, folder)
-    k = args.k or neighbours(len(bank), len(setup.data.train), args.k_rule)
-    of = functools.partial(outputs_of, zero_shot, fine_tuned, bank=bank, k=min(k, len(bank)),
-                           setup=setup, folder=folder)
-    tests = {name: of(images=test) for name, test in setup.data.tests.items()}
-    held_out = of(images=images) if len(images) else None
+    # Step 1: the zero-shot failures V, and what the choices need: both logits and d
+    bank = failures_of(zero_shot, fine_tuned, setup)
+    k = min(args.k or neighbours(len(bank), len(data.train), args.k_rule), len(bank))
+    distance = distance_to(bank, k, args.distance)
 
-    # Step 2: temperatures, then alpha, then a and b, on held-out training images
-    t_zs, t_ft = temperatures(held_out, chosen_on) if args.calibrate else (1.0, 1.0)
-    mix = functools.partial(log_ensemble, t_zs=t_zs, t_ft=t_ft, space=args.space)
-    alpha = alpha_wse = 0.5
-    if held_out:
-        alpha = choose_alpha(mix, held_out, args.choose)
-        alpha_wse = choose_wse_alpha(zero_shot, fine_tuned, images, args.choose, setup)
-    a, b = args.a, args.b
-    if args.sweep and len(bank):
-        a, b = sweep_weight(mix, held_out, args.choose)
+    def outputs(x, labels):
+        zs, ft, d = outputs_of(zero_shot, fine_tuned, distance, x, images.project)
+        return {"zs": zs, "ft": ft, "d": d}
+    zs, ft, d = common.collect(outputs, images, setup).values()
+
+    # Step 2: temperatures, then alpha, then a and b
+    t_zs = t_ft = 1.0
+    if args.calibrate:
+        t_zs, t_ft = temperature("zero-shot", zs, images), temperature("fine-tuned", ft, images)
+
+    def mix(logits_zs, logits_ft, weight):
+        return ensemble(logits_zs, logits_ft, weight, t_zs, t_ft)
+
+    def score(weight):
+        return accuracy(mix(zs, ft, weight), images.labels)
+    alpha = ALPHAS[common.choose([score(alpha) for alpha in ALPHAS], ALPHAS)]
+    wse = common.evaluate(wse_rows(zero_shot, fine_tuned), setup, {"it": images}).values()
+    alpha_wse = ALPHAS[common.choose([tests["it"]["acc"] for tests in wse], ALPHAS)]
+    grid = [(args.a, args.b)] if args.a or not len(bank) else weight_grid(d)
+    weights = [omega(d, a, b, alpha) for a, b in grid]
+    best = common.choose([score(w) for w in weights], [w.mean().item() for w in weights])
+    state = {"failures": len(bank), "k": k, "distance": args.distance, "t_zs": t_zs, "t_ft": t_ft,
+             "a": grid[best][0], "b": grid[best][1], "alpha": alpha, "alpha_wse": alpha_wse,
+             "chosen_on": images.name}
+    common.say(f"V: {len(bank)} of {len(data.train)} training images; {state}")
 
     # Step 3: the ensembles on the test sets
-    results = {"zero-shot": {}, "fine-tuned": {}, "OSE": {}, "WSE": {}, "VRF": {}}
-    ose = {str(weight): {} for weight in ALPHAS}
-    for name, outputs in tests.items():
-        test = setup.data.tests[name]
-        omega = ft_weight(outputs.d, a, b) if len(bank) else alpha
-        results["zero-shot"][name] = score(outputs.logits_zs, test)  # as it is, not calibrated
-        results["fine-tuned"][name] = score(outputs.logits_ft, test)
-        results["OSE"][name] = score(mix(outputs, alpha), test)
-        results["VRF"][name] = score(mix(outputs, omega), test)
-        for weight in ALPHAS:
-            ose[str(weight)][name] = score(mix(outputs, weight), test)
-    wse = common.evaluate(wse_rows(zero_shot, fine_tuned), setup)
-    results["WSE"] = wse[str(alpha_wse)]
-
-    state = {"failures": len(bank), "k": min(k, len(bank)), "t_zs": t_zs, "t_ft": t_ft, "a": a,
-             "b": b, "alpha": alpha, "alpha_wse": alpha_wse, "distance": args.distance,
-             "space": args.space, "chosen_on": chosen_on}
-    curves = {"ose_curve": common.plane(ose, setup.measure),
-              "wse_curve": common.plane(wse, setup.measure)}
+    every = common.evaluate(table_rows(zero_shot, fine_tuned, distance, mix, alpha, grid), setup)
+    d, class_zs, class_ft = (torch.cat(list(every.pop(row).values()))
+                             for row in ("d", "class zs", "class ft"))
+    results = {"zero-shot": every["zero-shot"], "fine-tuned": every["fine-tuned"],
+               "OSE": every[f"OSE {alpha:g}"], "WSE": every[f"WSE {alpha_wse:g}"],
+               "VRF": every[f"VRF {best}"]}
+    points = common.plane(every, setup.measure)
+    curves = {kind: {f"{alpha:g}": points[f"{kind} {alpha:g}"] for alpha in ALPHAS}
+              for kind in ("OSE", "WSE")}
     if common.RANK == 0:
-        leave(setup, bank, state, tests, results, curves)
-    common.finish(setup, results, vrf=state, **curves)
-
-
-def score(log_probs, images):
-    scores = common.image_scores(log_probs, images.labels.to(log_probs.device))
-    return common.metrics(common.Scores(*[x.cpu() for x in scores]), images)
-
-
-def leave(setup, bank, state, tests, results, curves):
-    """What else a run leaves: vrf.json and the bank for --predict, and the two figures."""
-    values = ", ".join(f"{key} {value:.3g}" for key, value in list(state.items())[1:8])
-    common.say(f"V: {len(bank)} of {len(setup.data.train)} training images; chosen on "
-               f"{state['chosen_on']}: {values}")
-    if not len(bank):
-        common.say("warning: no training image is right fine-tuned and wrong zero-shot, so VRF "
-                   "falls back to OSE")
-    common.write_json(setup.out / "vrf.json", state)
-    common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
-    plot_ratio(tests.values(), state, setup.out / "ratio.png")
-    rows = {row: results[row] for row in ("zero-shot", "fine-tuned", "VRF")}
-    points = common.plane(rows, setup.measure)
-    lines = {r"OSE, $\alpha$ from 0 to 1": curves["ose_curve"].values(),
-             r"WSE, $\alpha$ from 0 to 1": curves["wse_curve"].values()}
-    common.plot_plane(points, setup, lines)  # the paper's Figure 1a
+        labels = torch.cat([test.labels for test in data.tests.values()])
+        plot_ratio(d, class_zs == labels, class_ft == labels, state, setup.out / "ratio.png")
+        common.write_json(setup.out / "vrf.json", state)
+        common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
+    common.finish(setup, results, curves, vrf=state, **curves,
+                  grid=[(*weight, *points[f"VRF {i}"]) for i, weight in enumerate(grid)])
 
 
 def predict(args):
     """--predict with the ensemble of the run --finetuned; d and omega are further columns."""
-    run = Path(args.finetuned)
-    state = common.read_json(run / "vrf.json", "a finished run of vrf.py")
-    bank = common.load_tensors(run / "vrf.safetensors")[0]["bank"]
-    device, amp = common.compute_device(args)
-    zero_shot = common.load_saved(run / "zero-shot", device, amp)
-    fine_tuned = common.load_saved(run / "fine-tuned", device, amp)
+    run, amp = Path(args.finetuned), common.tower_precision(args)
+    zero_shot, _, _ = common.load_run(run / "zero-shot", amp)
+    fine_tuned, classnames, _ = common.load_run(run / "fine-tuned", amp)
+    state, bank = common.read_json(run / "vrf.json"), common.load_file(run / "vrf.safetensors")
+    distance = distance_to(bank["bank"], state["k"], state["distance"])
 
     def probabilities(images):
-        logits_zs, (logits_ft, v) = zero_shot.model(images)[0], fine_tuned.model(images)
-        d = distances(v, bank, state["k"], state["distance"], device)
-        if len(bank):
-            omega = ft_weight(d, state["a"], state["b"])
-        else:
-            omega = torch.full_like(d, state["alpha"])
-        t_zs, t_ft = state["t_zs"], state["t_ft"]
-        return ensemble(logits_zs, logits_ft, omega, t_zs, t_ft, state["space"]), d, omega
-    common.predict_folder(args, fine_tuned, device, probabilities)
+        zs, ft, d = outputs_of(zero_shot, fine_tuned, distance, images, lambda logits: logits)
+        weight = omega(d, state["a"], state["b"], state["alpha"])
+        return ensemble(zs, ft, weight, state["t_zs"], state["t_ft"]), d, weight
+    common.predict(args, fine_tuned, classnames, probabilities, ("d", "omega"))
 
 
 if __name__ == "__main__":

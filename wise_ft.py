@@ -47,10 +47,9 @@ Usage
 Expected result: README.md, "Results"; the paper's ViT-B/16 on ImageNet / mean of five shifts at
     alpha 0.5 (not run by us): 81.7 / 63.0.
 """
-import argparse
 import copy
+from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
@@ -62,34 +61,25 @@ import common
 PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1.0,
              augment="crop")  # official README, D.2
 RECIPES = {
-    "shapes": dict(PAPER, model="shapes-clip", batch_size=64, lr=6e-4, warmup=0.1,
-                   augment="none"),
-    "folder": dict(PAPER, batch_size=64, lr=1e-5, warmup=0.1),
-    "imagenet": dict(PAPER, holdout=0.02),
-    "cifar10": PAPER,
-    "iwildcam": PAPER,
-    "fmow": PAPER,
-    "domainnet": dict(PAPER, holdout=0.02),  # not in the paper
+    "imagenet": PAPER, "cifar10": PAPER, "iwildcam": PAPER, "fmow": PAPER,
+    "domainnet": PAPER, "folder": PAPER, "shapes": PAPER,  # not in the paper
+    "encoder": dict(lr=0.1, augment="none"),               # --freeze encoder
 }
-LINEAR = dict(lr=0.1, augment="none")  # --freeze encoder: on features computed once
+FROZEN = {"none": (), "encoder": ("visual.",), "head": ("head", "bias")}
 
 
 def get_args():
-    switch = argparse.BooleanOptionalAction
     p = common.parser(__doc__)
-    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)",
-          type=common.limited(low=0, high=1))
+    alpha = p.add_mutually_exclusive_group()
+    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)", group=alpha)
+    p.add("--select", False, "save the alpha that is best on held-out training images",
+          group=alpha)
     p.add("--alphas", [round(0.1 * i, 1) for i in range(11)], "coefficients of the curve",
-          nargs="+", type=common.limited(low=0, high=1))
-    p.add("--select", False, "save the alpha that is chosen on held-out training images",
-          action=switch)
-    p.add("--choose", "one-se", "--select: within one standard error of the best held-out "
-          "accuracy the alpha nearest 0.5, or the best accuracy", choices=["one-se", "best"])
-    p.add("--freeze", "none", "part that is not trained; encoder is the paper's linear "
-          "classifier", choices=["none", "encoder", "head"])
-    p.add("--logit-axes", False, "scale the figure's axes by logit, as the paper's Figure 1",
-          action=switch)
-    return common.parse(p, "wise_ft", RECIPES, {("freeze", "encoder"): LINEAR})
+          nargs="+", type=float)
+    p.add("--freeze", "none", "part that is not trained; encoder is the paper's linear classifier",
+          choices=FROZEN)
+    return common.parse(p, "wise_ft", RECIPES, {"alpha": (0, 1), "alphas": (0, 1)},
+                        variant="--freeze")
 
 
 # ------------------------------------- Equations -------------------------------------
@@ -100,8 +90,8 @@ def interpolate(theta_0, theta_1, alpha):
     alpha 0 and 1 return the ends bit for bit (0 * -inf in a masked buffer would be NaN); integer
     buffers, such as BatchNorm's counters, are theta_1's. ValueError names entries that differ.
     """
-    shapes_0 = {name: tuple(value.shape) for name, value in theta_0.items()}
-    shapes_1 = {name: tuple(value.shape) for name, value in theta_1.items()}
+    shapes_0, shapes_1 = ({name: value.shape for name, value in theta.items()}
+                          for theta in (theta_0, theta_1))
     if shapes_0 != shapes_1:
         differ = sorted(dict(shapes_0.items() ^ shapes_1.items()))
         raise ValueError(f"weights that differ in name or shape: {differ}")
@@ -116,79 +106,50 @@ def interpolate(theta_0, theta_1, alpha):
 
 # ---------------------------------------- Loss ----------------------------------------
 
-def make_loss():
-    """Step 1: loss_fn(model, batch) -> cross-entropy."""
-    def loss_fn(model, batch):
-        return F.cross_entropy(model(batch.images)[0], batch.labels), {}
-    return loss_fn
-
-
-def fine_tune(setup, theta_0, out):
-    """theta_1: theta_0 trained end-to-end or, with --freeze encoder, its head alone."""
-    if setup.args.freeze == "encoder":
-        theta_1 = linear_classifier(setup, theta_0, out)
-    else:
-        theta_1 = copy.deepcopy(theta_0)
-        for parameter in (theta_1.head, theta_1.bias):
-            parameter.requires_grad_(setup.args.freeze != "head")
-        setup.fit(theta_1, make_loss(), out)
-    common.save_run(setup, theta_1, out)
-    return theta_1
-
-
-def linear_classifier(setup, theta_0, out):
-    """Step 1 over W_classifier alone, on unit features that are computed once."""
-    sets = []
-    for images in (setup.data.train, setup.data.val):
-        features = np.zeros((0, theta_0.head.shape[1]), np.float32)
-        if len(images):
-            features = common.features_once(theta_0, images, setup, out).numpy()
-        sets.append(FeatureSet(images.name, features, images.labels))
-    linear = copy.deepcopy(theta_0)
-    linear.visual, linear.amp = torch.nn.Identity(), None
-    common.train(linear, *sets, make_loss(), setup, out)
-    theta_1 = copy.deepcopy(theta_0)
-    theta_1.load_state_dict({**theta_0.state_dict(), **linear.state_dict()})
-    return theta_1
+def cross_entropy(model, batch):
+    """Step 1: loss_fn(model, batch) -> cross-entropy; weight decay is AdamW's."""
+    return F.cross_entropy(model(batch.images)[0], batch.labels), {}
 
 
 class FeatureSet(common.ImageSet):
-    """Ready unit features (N, D) in the place of images."""
+    """Unit features (N, D) in the place of images."""
 
-    def __getitem__(self, item):
-        i = item[1] if isinstance(item, tuple) else item
-        return self.images[i], self.labels[i], i
+    def pixels(self, i):
+        return self.images[i]
 
     def normalized(self, features):
         return features
 
 
+def linear_classifier(theta_0, setup, out):
+    """Step 1 over W_classifier alone, on features of un-augmented images, computed once."""
+    sets = {}
+    for name, images in (("train", setup.data.train), ("val", setup.data.val)):
+        sets[name] = images
+        if len(images):
+            features = common.features_of(theta_0, images, setup).numpy()
+            sets[name] = FeatureSet(images.name, features, images.labels)
+    linear = common.ImageClassifier(torch.nn.Identity(), theta_0.head, bias=True)
+    theta_1 = common.train(linear, cross_entropy, replace(setup, data=replace(setup.data, **sets)),
+                           out)
+    theta_1.visual, theta_1.amp = theta_0.visual, theta_0.amp
+    return theta_1
+
+
 # ------------------------------------- Inference -------------------------------------
 
 def all_alphas(theta_0, theta_1, alphas):
-    """rows(images, project) -> {row name: logits}: one batch through the models of all alphas.
-
-    If the ends share the encoder, its features are computed once and only heads interpolated.
-    """
-    ends = [theta_0.state_dict(), theta_1.state_dict()]
-    towers = [name for name in ends[0] if name.startswith("visual.")]
-    shared = all(torch.equal(ends[0][name], ends[1][name]) for name in towers)
-    model = copy.deepcopy(theta_1)
-    if shared:
-        model.visual, model.amp = torch.nn.Identity(), None
-        for end in ends:
-            for name in towers:
-                del end[name]
-
-    def logits(alpha, x):  # weights are made for a batch and dropped: eleven would fill a GPU
-        theta = interpolate(*ends, alpha)
-        for name, value in theta.items():  # why: see load_clip
-            theta[name] = value.detach().requires_grad_(value.is_floating_point())
-        return functional_call(model, theta, (x,))[0]
+    """rows(images, project) -> {row name: logits}: one batch through the models of all alphas."""
+    ends = theta_0.state_dict(), theta_1.state_dict()
 
     def rows(images, project):
-        x = theta_1(images)[1] if shared else images
-        return {row_name(alpha): project(logits(alpha, x)) for alpha in alphas}
+        found = {}
+        for alpha in alphas:  # weights are made for a batch and dropped: eleven would fill a GPU
+            theta = interpolate(*ends, alpha)
+            for value in theta.values():  # why: see common.load_clip
+                value.requires_grad_(value.is_floating_point())
+            found[row_name(alpha)] = project(functional_call(theta_1, theta, (images,))[0])
+        return found
     return rows
 
 
@@ -197,87 +158,50 @@ def row_name(alpha):
 
 
 def select_alpha(theta_0, theta_1, alphas, setup):
-    """(alpha chosen on the held-out images by --choose, {alpha: accuracy})."""
-    accuracy = common.accuracies(all_alphas(theta_0, theta_1, alphas), setup.data.val, setup)
-    values = [accuracy[row_name(alpha)] for alpha in alphas]
-    best = common.choose(values, alphas, len(setup.data.val), setup.args.choose)
-    return alphas[best], dict(zip(alphas, values))
-
-
-# -------------------------------------- Figure --------------------------------------
-
-def plot_curve(results, alphas, chosen, setup):
-    """curve.png: reference accuracy (x) against the shifts' mean (y), a marker per alpha."""
-    plt = common.pyplot()
-    if plt is None or len(setup.measure) < 2:
-        return
-    plane = common.plane(results, setup.measure)
-    points = [plane[row_name(alpha)] for alpha in alphas]
-    figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    ax.plot(*zip(*points), "-o", markersize=5, label=r"WiSE-FT, $\alpha$ from 0 to 1")
-    saved = rf"saved, $\alpha$ = {chosen:g}"
-    ends = ((0, "*", "zero-shot"), (1, "s", "fine-tuned"), (chosen, "D", saved))
-    for alpha, marker, label in ends:
-        ax.plot(*points[alphas.index(alpha)], marker, markersize=10, label=label)
-    for alpha, point in zip(alphas, points):
-        ax.annotate(f"{alpha:g}", point, textcoords="offset points", xytext=(6, 5), fontsize=8)
-    ax.set(xlabel=f"accuracy on {next(iter(setup.measure))} (reference), %",
-           ylabel=f"mean accuracy on {len(setup.measure) - 1} shifts, %")
-    ax.grid(alpha=0.3)
-    if setup.args.logit_axes:
-        scale_by_logit(ax, points)
-    ax.legend()
-    figure.savefig(setup.out / "curve.png", dpi=150)
-    plt.close(figure)
-
-
-def scale_by_logit(ax, points):
-    """Logit-scaled axes in percent, as Figure 1; matplotlib's own wants (0, 1)."""
-    def logit(p):
-        p = np.clip(p, 1e-3, 99.999)
-        return np.log(p / (100 - p))
-
-    def percent(z):
-        return 100 / (1 + np.exp(-z))
-    for axis, values in zip("xy", zip(*points)):
-        getattr(ax, f"set_{axis}scale")("function", functions=(logit, percent))
-        getattr(ax, f"set_{axis}lim")(max(0.1, min(values) - 1), min(99.95, max(values) + 1))
+    """(alpha that is best on the held-out images, {alpha: accuracy})."""
+    rows = all_alphas(theta_0, theta_1, alphas)
+    results = common.evaluate(rows, setup, {"held-out": setup.data.val})
+    accuracy = [results[row_name(alpha)]["held-out"]["acc"] for alpha in alphas]
+    return alphas[common.choose(accuracy, alphas)], dict(zip(alphas, accuracy))
 
 
 # ---------------------------------------- main ----------------------------------------
 
 def main():
     args = get_args()
-    if args.predict != "none":
-        return common.predict(args)
-    setup = common.start(args)
-    if args.select and not len(setup.data.val):
-        raise common.Fail("--select: no held-out images to select on; raise --holdout of the "
-                          "training run")
+    if args.predict:
+        return common.predict_with_run(args)
+    data = common.load_data(args)
+    if args.select and not len(data.val):
+        raise common.Fail("--select: there are no held-out images; raise --holdout")
+    setup = common.start(args, data)
 
     # Step 1: theta_0, and theta_1 trained from it
-    if args.finetuned != "none":
+    out = setup.out / "fine-tuned"
+    if args.finetuned:
         theta_0, theta_1 = common.load_finetuned(setup)
-        setup.out = common.run_folder(args)
     else:
-        setup.out = common.run_folder(args)
-        theta_0 = setup.classifier(folded=True)
-        common.evaluate_first(common.each({"zero-shot": theta_0}), setup)
-        theta_1 = fine_tune(setup, theta_0, setup.out / "fine-tuned")
+        W, s = setup.head, setup.scale
+        theta_0 = common.ImageClassifier(setup.clip.visual, s * W, bias=True, amp=setup.amp).eval()
+        common.preview(common.each({"zero-shot": theta_0}), setup)
+        if args.freeze == "encoder" and args.augment == "none":
+            theta_1 = linear_classifier(theta_0, setup, out)
+        else:
+            theta_1 = common.train(theta_0, cross_entropy, setup, out, frozen=FROZEN[args.freeze])
+        common.save_run(setup, theta_1, out)
 
     # Step 2: the models between them
-    alphas, chosen, selected = sorted({0, 1, args.alpha, *args.alphas}), args.alpha, None
+    alphas, chosen, held_out = sorted({0, 1, args.alpha, *args.alphas}), args.alpha, None
     if args.select:
-        chosen, accuracy = select_alpha(theta_0, theta_1, alphas, setup)
-        selected = {"alpha": chosen, "held_out_accuracy": accuracy}
-        common.say(f"--select: alpha {chosen:g} with {accuracy[chosen]:.2f}% on "
-                   f"{len(setup.data.val)} held-out images")
+        chosen, held_out = select_alpha(theta_0, theta_1, alphas, setup)
     results = common.evaluate(all_alphas(theta_0, theta_1, alphas), setup)
     saved = copy.deepcopy(theta_1)
     saved.load_state_dict(interpolate(theta_0.state_dict(), theta_1.state_dict(), chosen))
-    common.save_run(setup, saved, setup.out)
-    plot_curve(results, alphas, chosen, setup)
-    common.finish(setup, results, alpha=args.alpha, saved_alpha=chosen, selected=selected)
+    common.save_run(setup, saved)
+    curve = dict(zip(alphas, common.plane(results, setup.measure).values()))
+    common.finish(setup, results, {"WiSE-FT, alpha": curve},
+                  dict.fromkeys([row_name(0), row_name(chosen), row_name(1)]),
+                  saved_alpha=chosen, held_out_accuracy=held_out, curve=curve)
 
 
 if __name__ == "__main__":
