@@ -21,6 +21,7 @@ import copy
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +69,11 @@ class Setup:
     clip: nn.Module          # the pre-trained open_clip model, which stays as it is
     tokenizer: object
     amp: torch.dtype | None  # of the towers; None is fp32
-    out: Path                # the run's folder
+
+    @functools.cached_property
+    def out(self):
+        """The run's folder, made when it is first needed: a mistake leaves nothing behind."""
+        return run_folder(self.args)
 
     @functools.cached_property
     def head(self):
@@ -88,19 +93,20 @@ class Setup:
 
 
 def start(args, data):
-    """A Setup, with CLIP and, made last when no mistake was found, the run's folder."""
-    check_flags(args)
+    """A Setup, with CLIP. Finds every mistake that it can; writes nothing but downloads."""
+    if args.predict:
+        raise Fail(f"--predict: {args.method}.py does not use it")
     torch.manual_seed(args.seed)
     amp = tower_precision(args)
     check_steps(args, data)
     clip_model, tokenizer = load_clip(args)
     check_texts(data, tokenizer, clip_model.context_length)
+    describe(args, data)
     check_same(args, data, amp)
     preprocess = PreprocessCfg(**clip_model.visual.preprocess_cfg)
     for images in (data.train, data.val, *data.tests.values()):
         images.prepare(preprocess)
-    describe(args, data)
-    return Setup(args, data, clip_model, tokenizer, amp, run_folder(args))
+    return Setup(args, data, clip_model, tokenizer, amp)
 
 
 # ---- CLIP and its heads ----
@@ -207,7 +213,7 @@ class ImageSet(torch.utils.data.Dataset):
     images: paths (N,), or uint8 array (N, H, W, 3).
     classes: the label space, a list with the ids of each label, see project(); None is all.
     metric: the one of metrics() that tables and means show.
-    groups: (N,) int, the group of each image, -1 is none.
+    groups: (N,) int, the group of each image, -1 (the default) is none.
     border: pixels cut from each side of an image before the transform.
     """
 
@@ -222,12 +228,15 @@ class ImageSet(torch.utils.data.Dataset):
             classes = torch.tensor([[*ids, *ids[:1] * (most - len(ids))] for ids in classes])
         self.name, self.images, self.metric, self.border = name, images, metric, border
         self.labels = torch.as_tensor(np.asarray(labels)).long()
-        self.groups = None if groups is None else torch.as_tensor(groups)
+        self.groups = torch.as_tensor([-1] * len(labels) if groups is None else groups)
         self.classes, self.transform, self.preprocess, self.seed = classes, None, None, None
+        self.on_disk = images.ndim == 1
 
-    @property
-    def on_disk(self):
-        return self.images.ndim == 1
+    def but(self, **changes):
+        """A copy in which some attributes are others."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def prepare(self, preprocess):
         """Set how images are resized, cropped and normalised: an open_clip PreprocessCfg."""
@@ -235,18 +244,12 @@ class ImageSet(torch.utils.data.Dataset):
 
     def augmented(self, kind, seed):
         """A copy for training whose random draws depend on (seed, epoch, image) alone."""
-        other = copy.copy(self)
-        if kind != "none":
-            other.transform, other.seed = image_transform(self.preprocess, kind), seed
-        return other
+        return self.but(transform=image_transform(self.preprocess, kind), seed=seed)
 
-    def subset(self, indices, name=None):
-        """A new set of the images at these indices."""
-        other = copy.copy(self)
-        other.name = name or self.name
-        other.images, other.labels = self.images[indices], self.labels[indices]
-        other.groups = None if self.groups is None else self.groups[indices]
-        return other
+    def subset(self, indices):
+        """A copy of the images at these indices."""
+        return self.but(images=self.images[indices], labels=self.labels[indices],
+                        groups=self.groups[indices])
 
     def __len__(self):
         return len(self.labels)
@@ -298,6 +301,11 @@ class Data:
     aliases: list = None       # a second name of each class, for them
     texts: list = None         # a list for each class, of a method that makes its own heads
 
+    def counts(self):
+        """{class: training images}"""
+        counts = self.train.labels.bincount(minlength=len(self.classnames)).tolist()
+        return dict(zip(self.classnames, counts))
+
 
 def load_data(args):
     """--data -> Data, with --limit, --holdout and --shots applied."""
@@ -307,7 +315,7 @@ def load_data(args):
         most = min(args.shots, 4) or None
         data.train, data.val = hold_out(data.train, args.holdout, most)
     if args.shots:
-        for name, n in zip(data.classnames, class_counts(data)):
+        for name, n in data.counts().items():
             if n < args.shots:
                 raise Fail(f"--shots {args.shots}: '{name}' has {n} training images beside those "
                            f"held out, {len(data.val)} in all")
@@ -316,11 +324,6 @@ def load_data(args):
         data.train, data.val = limited(data.train, args.limit), limited(data.val, args.limit)
         data.tests = {name: limited(images, args.limit) for name, images in data.tests.items()}
     return data
-
-
-def class_counts(data):
-    """Training images of each class."""
-    return data.train.labels.bincount(minlength=len(data.classnames)).tolist()
 
 
 def limited(images, n):
@@ -343,7 +346,7 @@ def hold_out(train, share, most=None):
         return min(round(share * n), n - 1, n if most is None else most)
     held = sample_classes(train, 0, count)
     kept = np.setdiff1d(np.arange(len(train)), held)
-    return train.subset(kept), train.subset(held, "val")
+    return train.subset(kept), train.subset(held).but(name="val")
 
 
 # ---- Batches: order, augmentation ----
@@ -467,7 +470,7 @@ def train(model, loss_fn, setup, out=None, predict=classify, frozen=()):
     """
     args, out = setup.args, out or setup.out
     images = setup.data.train.augmented(args.augment, args.seed)
-    n, total = len(images), training_steps(args, len(images))
+    n, B, total = len(images), args.batch_size, training_steps(args, len(images))
     model, runner = trainable(model, args, frozen)
     optimizer = make_optimizer(model, args)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -477,58 +480,56 @@ def train(model, loss_fn, setup, out=None, predict=classify, frozen=()):
     log, unread, saved = open_log(out / "log.jsonl", written), [], time.time()
     batches = batches_of(images, args, first, total)
 
-    def save(step):
+    def save():
         write_log(log, unread)
         save_checkpoint(out / "last.ckpt", state, (step, best, log.tell()))
 
     with stop_signals() as stop, progress(first, total, out.name) as bar:
         for step in range(first, total + 1):  # the last turn has no step
-            epochs = step * args.batch_size // n
-            ended = step > 0 and (step == total or (step - 1) * args.batch_size // n < epochs)
+            ended = step and (step * B % n < B or step == total)  # an epoch, or all
             reads = ended or step % READ_EVERY == 0  # no other step waits for the device
             if reads:
                 write_log(log, unread)
             if step == total or reads and time.time() - saved >= 60 * args.save_every:
-                save(step)
+                save()
                 saved = time.time()
             stops = (reads or WORLD == 1) and any(gathered([bool(stop)]))
             try:
                 if stops:
                     raise Fail("stopped")
-                parts = [next(batches) for _ in range(args.accum if step < total else 0)]
+                parts = list(itertools.islice(batches, args.accum))
                 if ended and len(setup.data.val):
-                    best = held_out(model, predict, setup, best, log, step, epochs)
+                    best = held_out(model, predict, setup, best, log, step)
             except (Fail, RuntimeError) as error:  # a broken image; a signal that hit a worker too
-                if stops or WORLD == 1 and (stop or isinstance(error, Fail)):
-                    save(step)
-                    raise Fail(f"{first_line(error)}; --resume {setup.out} goes on") from None
-                raise
-            if step < total:
+                if not (stop or isinstance(error, Fail)):
+                    raise
+                if stops or WORLD == 1:
+                    save()
+                raise Fail(f"{first_line(error)}; --resume {setup.out} goes on") from None
+            if parts:
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = learning_rate(step, total, peak, args.warmup)
                 losses = optimizer_step(runner, loss_fn, parts, optimizer, scaler, args.grad_clip)
                 unread.append(({"step": step, "lr": group["lr"]}, losses))
                 bar.update()
-    log.close()
     if best:
         model.load_state_dict(best["model"])
     return share_buffers(model.eval())
 
 
-def held_out(model, predict, setup, best, log, step, epochs):
-    """Log the accuracy on held-out images after some epochs; the best so far, for --keep best."""
+def held_out(model, predict, setup, best, log, step):
+    """Log the accuracy on held-out images after some steps; the best so far, for --keep best."""
     def rows(images, project):
         return {"model": predict(model, images)}
     share_buffers(model.eval())
-    results = evaluate(rows, setup, {"held-out": setup.data.val})
-    accuracy = results["model"]["held-out"]["acc"]
+    accuracy = evaluate(rows, setup, {"val": setup.data.val})["model"]["val"]["acc"]
     train_mode(model)
-    say(f"{epochs} epochs, step {step}: {accuracy:.2f}% of the held-out images are right")
-    log.write(json.dumps({"step": step, "epoch": epochs, "held_out_acc": accuracy}) + "\n")
+    say(f"step {step}: {accuracy:.2f}% of the held-out images are right")
+    log.write(json.dumps({"step": step, "held_out_acc": accuracy}) + "\n")
     if setup.args.keep == "last" or accuracy <= best.get("accuracy", -1):
         return best
     weights = {name: x.cpu().clone() for name, x in model.state_dict().items()}
-    return {"accuracy": accuracy, "epoch": epochs, "model": weights}
+    return {"accuracy": accuracy, "step": step, "model": weights}
 
 
 # ---- Evaluation ----
@@ -618,7 +619,7 @@ def metrics(scores, images):
              "ece": 100 * calibration_error(confidence, correct), "n": len(images)}
     if images.metric == "macro_f1":
         found["macro_f1"] = 100 * macro_f1(predicted, images.labels)
-    if images.groups is not None:
+    if images.groups.max() >= 0:
         found["worst_region"] = 100 * worst_group_accuracy(correct, images.groups)
     return found
 
@@ -633,9 +634,9 @@ def macro_f1(predicted, labels):
 
 
 def worst_group_accuracy(correct, groups):
-    """Worst-group accuracy in [0, 1], WILDS' for FMoW; groups (N,), -1 is none; NaN if all are."""
+    """Worst-group accuracy in [0, 1], WILDS' for FMoW; groups (N,), -1 is none."""
     present = [g for g in groups.unique().tolist() if g >= 0]
-    return min((correct[groups == g].double().mean().item() for g in present), default=math.nan)
+    return min(correct[groups == g].double().mean().item() for g in present)
 
 
 def calibration_error(confidence, correct, bins=15):
@@ -662,8 +663,6 @@ def run_folder(args):
         while out.exists() and not args.out:
             number += 1
             out = Path(f"{default}-{number}")
-        if out.exists() and any(out.iterdir()):
-            raise Fail(f"{out}: is not empty; --resume {out} continues a run, --out NEW starts one")
         out.mkdir(parents=True, exist_ok=bool(args.out))
         write_json(out / "args.json", vars(args))
     return gathered([out])[0]
@@ -819,7 +818,7 @@ def save_checkpoint(path, parts, next_):
 def open_log(path, size):
     """log.jsonl, to be written on; what the checkpoint, written at `size` bytes, lacks goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path if RANK == 0 else os.devnull, "a")
+    log = open(path if RANK == 0 else os.devnull, "a", buffering=1)
     if log.tell() > size:
         log.truncate(size)
     return log
@@ -840,7 +839,6 @@ def write_log(log, unread):
         if not math.isfinite(line["loss"]):
             raise Fail(f"step {line['step']}: the loss is {line['loss']}; lower --lr")
         log.write(json.dumps(line) + "\n")
-    log.flush()
     unread.clear()
 
 
@@ -903,6 +901,7 @@ def save_run(setup, model, out=None, head=None, text=None):
 
 
 HEAD = {"head", "bias", "scale"}  # of an ImageClassifier
+WISE_FT = {"classification_head.weight": "head", "classification_head.bias": "bias"}
 OPENAI = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # beside its weights
 
 
@@ -910,7 +909,8 @@ def read_weights(path):
     """State dict of a .safetensors or .pt file; runs no code.
 
     What training code puts around it goes: a dict under state_dict, model_state_dict or model,
-    and the prefixes of DistributedDataParallel, torch.compile and Lightning.
+    and the prefixes of DistributedDataParallel, torch.compile and Lightning. wise-ft's names
+    become ours.
     """
     path.stat()  # the system's sentence on a missing file
     try:
@@ -922,7 +922,8 @@ def read_weights(path):
         for prefix in ("module.", "_orig_mod.", "module.", "model."):
             if all(name.startswith(prefix) for name in found):
                 found = {name.removeprefix(prefix): value for name, value in found.items()}
-        return found
+        return {WISE_FT.get(name, name.removeprefix("image_encoder.model.")): value
+                for name, value in found.items()}
     except Exception as error:  # a pickle that names code, TorchScript, a torn file, no dict
         raise Fail(f"{path}: not a state dict that can be read as numbers alone "
                    f"({first_line(error)[:60]}); save model.state_dict() where it was trained"
@@ -931,18 +932,15 @@ def read_weights(path):
 
 def take(model, weights, source):
     """model.load_state_dict(weights): every entry, of the right shape, and finite; returns it."""
-    own = model.state_dict()
-    weights = {name: value for name, value in weights.items() if name in own or name not in OPENAI}
-    both = own.keys() & weights.keys()
-    faults = {
-        "missing": own.keys() - both, "unknown": weights.keys() - both,
-        "of another shape": {name for name in both if own[name].shape != weights[name].shape},
-        "not finite": {name for name in both if not weights[name].isfinite().all()}}
-    for fault, names in faults.items():
-        if names:
-            raise Fail(f"{source}: {len(names)} of its weights are {fault}, such as {min(names)}; "
-                       "is it of another --model?")
-    model.load_state_dict(weights)
+    weights = {name: value for name, value in weights.items() if name not in OPENAI}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # a line for each kind of fault; its first name will do
+        faults = [line.split(",")[0].strip() for line in str(error).splitlines()[1:4]]
+        raise Fail(f"{source}: {'; '.join(faults)[:200]}; is it whole, and of --model?") from None
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise Fail(f"{source}: {name} is not finite; the weights are broken")
     return model
 
 
@@ -981,10 +979,13 @@ def load_finetuned(setup):
             raise Fail(f"--finetuned {path}: has the classes {classnames[:3]} ...")
         head_0 = tensors.get("head_0", head_0).to(DEVICE)  # of prompts of its own
         say(f"{path}: the model of a run, with its head")
-    elif "classification_head.weight" in weights:
+    elif "head" in weights:
         theta_1 = ImageClassifier(copy.deepcopy(setup.clip.visual), s * head_0, bias=True,
                                   amp=setup.amp)
-        take(theta_1, wise_ft_names(weights), path)
+        for name in setup.clip.state_dict():  # its text tower makes no number
+            if not name.startswith("visual."):
+                weights.pop(name, None)
+        take(theta_1, {"bias": theta_1.bias, "scale": theta_1.scale, **weights}, path)
         say(f"{path}: wise-ft's classifier, with its head")
     else:
         tuned = load_tuned_clip(setup)
@@ -996,18 +997,6 @@ def load_finetuned(setup):
     theta_0 = ImageClassifier(setup.clip.visual, s * head_0 if folded else head_0,
                               1.0 if folded else s, folded, setup.amp)
     return theta_0.to(DEVICE).eval(), theta_1.to(DEVICE).eval()
-
-
-def wise_ft_names(weights):
-    """Entries of wise-ft's ImageClassifier by the names of ours; its text tower makes no number."""
-    head = weights.pop("classification_head.weight")
-    bias = weights.pop("classification_head.bias", torch.zeros(len(head)))
-    found = {"head": head, "bias": bias, "scale": torch.tensor(1.0)}
-    for name, value in weights.items():
-        own = name.removeprefix("image_encoder.model.")
-        if own == name or own.startswith("visual."):
-            found[own] = value
-    return found
 
 
 def load_tuned_clip(setup):
@@ -1047,12 +1036,11 @@ class Pictures(ImageSet):
 
 
 @torch.no_grad()
-def predict(args, model, classnames, probabilities=None, columns=()):
+def predict(args, model, classnames, probabilities, columns=()):
     """A table of --predict on stdout, tabs between its columns: path, class, probability, more.
 
-    probabilities(images) -> (probs (B, C), *columns (B,)), by default of the model's head.
+    probabilities(images) -> (probs (B, C), *columns (B,)).
     """
-    probabilities = probabilities or (lambda x: [classify(model, x).softmax(dim=1)])
     root = Path(args.predict)
     found = sorted(p for p in [root, *root.rglob("*")] if p.is_file())
     files = [p for p in found if is_image(p) and not any(map(hidden, p.relative_to(root).parts))]
@@ -1076,9 +1064,10 @@ def predict(args, model, classnames, probabilities=None, columns=()):
             sys.stdout.flush()
 
 
-def predict_with_run(args):
-    """--predict with the model of --finetuned."""
-    predict(args, *load_run(Path(args.finetuned), tower_precision(args))[:2])
+def predict_with_head(args):
+    """--predict with the head of the run --finetuned."""
+    model, classnames, _ = load_run(Path(args.finetuned), tower_precision(args))
+    predict(args, model, classnames, lambda images: [classify(model, images).softmax(dim=1)])
 
 
 # ---- Tables and figures ----
@@ -1100,16 +1089,16 @@ def finish(setup, results, lines=None, marked=None, **more):
     results: {row: {test: metrics}}; lines: curves for the figure, see plot_plane(); marked: rows
     that the figure marks, by default all; more: for results.json.
     """
+    out, points = setup.out, plane(results, setup.measure)
     if RANK > 0:
         return
-    points = plane(results, setup.measure)
     rows = [{"name": row, "id": points[row][0], "ood": points[row][1], "tests": tests}
             for row, tests in results.items()]
-    write_json(setup.out / "results.json",
+    write_json(out / "results.json",
                {"args": vars(setup.args), "measure": setup.measure, "rows": rows, **more})
     marks = {row: points[row] for row in marked or points}
-    plot_plane(marks, lines or {}, setup.measure, setup.out / "plane.png")
-    say(f"saved to {setup.out}")
+    plot_plane(marks, lines or {}, setup.measure, out / "plane.png")
+    say(f"saved to {out}")
     print_table(results, setup.measure)
 
 
@@ -1140,21 +1129,21 @@ def pyplot():
 def plot_plane(points, lines, measure, path):
     """ID against OOD: {row: (ID, OOD)} as markers, {label: {text: (ID, OOD)}} as lines.
 
-    A line's points have their texts beside them where there is room.
+    The points of a line have their texts above them where there is room.
     """
     plt = pyplot()
     if plt is None:
         return
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for (label, point), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
-        ax.plot(*point, marker, markersize=10, linestyle="none", label=label, zorder=3)
+        ax.plot(*point, marker, markersize=10, label=label, zorder=3)
     for label, line in lines.items():
         ax.plot(*zip(*line.values()), "-o", markersize=4, label=label)
     ax.set(xlabel=f"{next(iter(measure))} (ID), %", ylabel="mean of the shifts (OOD), %")
     ax.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
     figure.draw_without_rendering()  # only now it is known where a point is on the page
-    taken = [ax.transData.transform(point) for point in points.values()]
+    taken = list(ax.transData.transform(list(points.values())))
     for text, point in (item for line in lines.values() for item in line.items()):
         here = ax.transData.transform(point)
         if all(math.dist(here, other) > 25 for other in taken):
@@ -1462,7 +1451,7 @@ def iwildcam_data(root, args):
         names = {int(y): name.lower() for y, name in read_csv(root / "labels.csv", "y", "english")}
     else:
         say(f"class names are Latin: labels.csv of the WiSE-FT code is not in {root}")
-    rows = {"train": [], "id_val": [], "id_test": [], "test": [], "val": []}
+    rows = defaultdict(list)
     for split, file, y in read_csv(metadata, "split", "filename", "y"):
         rows[split].append((f"{root}/train/{file}", int(y)))
     split = functools.partial(wilds_split, metric="macro_f1")
@@ -1483,7 +1472,7 @@ def fmow_data(root, args):
     images = read_csv(metadata, "split", "category", "country_code", "timestamp")
     names = sorted({category for _, category, _, _ in images})
     labels = {name: label for label, name in enumerate(names)}
-    rows = {(split, new): [] for split in ("train", "val", "test", "seq") for new in (0, 1)}
+    rows = defaultdict(list)
     for i, (split, category, country, when) in enumerate(images):
         region = countries.get(country)
         group = regions.index(region) if region in regions else -1
@@ -1553,13 +1542,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    def add(self, name, default, help, group=None, **how):
+    within = {}  # flag -> lowest and highest number
+
+    def add(self, name, default, help, group=None, within=(0, 1e9), **how):
         """A flag of its default's type."""
-        if isinstance(default, bool):
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how.setdefault("type", type(default))
-        (group or self).add_argument(name, default=default, help=help, **how)
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else \
+            {"type": type(default)}
+        (group or self).add_argument(name, default=default, help=help, **(how or kind))
+        self.within[name] = within
 
     def error(self, message):
         raise Fail(f"{message} (see --help)")
@@ -1567,17 +1557,19 @@ class Parser(argparse.ArgumentParser):
 
 def parser(doc):
     """The flags that all methods share. What is None here comes from RECIPES[--data]."""
-    p = Parser(description=doc, allow_abbrev=False, formatter_class=Help)
+    p = Parser(description=doc, allow_abbrev=False, formatter_class=Help, add_help=False)
+    length = p.add_mutually_exclusive_group()
+    p.add("--help", False, "show this, with the values of --data's recipe", action="store_true")
     p.add("--data", "shapes", "data set", choices=DATA)
     p.add("--data-dir", "~/data", "folder that holds the data set", type=absolute)
     p.add("--model", "ViT-B-16-quickgelu",
           "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
     p.add("--pretrained", "", "open_clip tag, or weights file, of a named model; '' is openai")
-    length = p.add_mutually_exclusive_group()
-    p.add("--epochs", None, "passes over the training images", length, type=float)
-    p.add("--steps", None, "optimiser steps, instead of --epochs", length, type=int)
-    p.add("--batch-size", 256, "images an optimiser step, over all ranks and --accum parts")
-    p.add("--accum", 1, "parts of a step on each rank, to save memory")
+    p.add("--epochs", None, "passes over the training images", length, (1e-6, 1e9), type=float)
+    p.add("--steps", None, "optimiser steps, instead of --epochs", length, (1, 1e9), type=int)
+    p.add("--batch-size", 256, "images an optimiser step, over all ranks and --accum parts",
+          within=(1, 1e9))
+    p.add("--accum", 1, "parts of a step on each rank, to save memory", within=(1, 1e9))
     p.add("--lr", 1e-5, "peak learning rate of AdamW")
     p.add("--wd", 0.0, "weight decay, on every trained parameter")
     p.add("--warmup", 0.1,
@@ -1589,7 +1581,7 @@ def parser(doc):
           "images", choices=["last", "best"])
     p.add("--shots", 0, "train on K images of each class; 0 is all")
     p.add("--holdout", 0.1, "share of the training images held out for choices, if the data has "
-          "no validation split; with --shots at most 4 a class")
+          "no validation split; with --shots at most 4 a class", within=(0, 0.9))
     p.add("--limit", 0, "images kept of each split, for a quick run; 0 is all")
     p.add("--tests", "all", "comma-separated shifts to evaluate, beside the ID test")
     p.add("--finetuned", "", "model to use instead of training: a finished run, an open_clip "
@@ -1601,7 +1593,7 @@ def parser(doc):
     p.add("--compile", False, "torch.compile the model")
     p.add("--grad-checkpointing", False, "less memory, more time")
     p.add("--workers", -1, "data-loading processes a rank; -1 is this machine's cores over its "
-          "ranks, or 0 for images in memory")
+          "ranks, or 0 for images in memory", within=(-1, 1e9))
     p.add("--seed", 0, "of data order, augmentation and random draws")
     p.add("--out", "", "new folder for the run; '' is runs/METHOD-DATA-sSEED")
     p.add("--resume", "", "run folder to continue exactly, with its flags", type=absolute)
@@ -1617,79 +1609,71 @@ OF_DATA = {"shapes": dict(model="shapes-clip", epochs=10, batch_size=64, lr=6e-4
 FREE = {"data_dir", "resume", "workers", "save_every", "found"}  # on --resume
 # Flags that --finetuned brings from its run: they tell the held-out images and theta_0.
 INHERITED = {"data", "holdout", "limit", "shots", "seed", "model", "pretrained"}
-# Lowest and highest value of a number, if not 0 and 10^9
-LIMITS = {"steps": (1, 1e9), "epochs": (1e-6, 1e9), "batch_size": (1, 1e9), "accum": (1, 1e9),
-          "holdout": (0, 0.9), "workers": (-1, 1e9)}
 
 
-def parse(p, method, recipes, limits=None, inherited=(), variant="--variant"):
+def parse(p, method, recipes, inherited=(), variant=None):
     """Flags: those given, over those of --resume or --finetuned's run, the recipe, the defaults.
 
-    recipes: {--data: {flag: value}}; limits: as LIMITS, of the method's flags; inherited: those
-    that --finetuned brings from its run, and that may be given; variant: a flag whose values may
-    have recipes too.
+    recipes: {--data: {flag: value}}; inherited: flags of the method that --finetuned brings from
+    its run, and that may be given; variant: a flag whose values may have recipes too.
     """
-    few, flags = Parser(add_help=False, allow_abbrev=False), vars(p.parse_args([])).keys()
-    few.add_argument(variant, dest="variant")
-    for name in ("data", "data-dir", "resume", "finetuned", "predict", "epochs", "steps", "shots"):
-        few.add_argument(f"--{name}")
-    few, run, fixed = few.parse_known_args()[0], {}, set()
-    if few.resume:
-        run = run_flags(Path(few.resume))
-        fixed = run.keys() - FREE
-        if run.get("method") != method:
-            raise Fail(f"--resume {few.resume}: not the folder of a run of {method}.py")
-    elif few.finetuned:
-        path = Path(few.finetuned)
-        run = run_flags(path) or run_flags(path.parent if path.is_dir() else path)
+    defaults = vars(p.parse_args([]))
+    given = vars(p.parse_args(None, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {key: value for key, value in given.items() if value is not None} | {"method": method}
+    run, fixed = {}, set()
+    if "resume" in given:
+        run = run_flags(Path(given["resume"]))
+        fixed = run.keys() - FREE | {"method"}
+    elif "finetuned" in given:
+        path = Path(given["finetuned"])
+        folders = [folder for folder in (path, path.parent) if (folder / "args.json").is_file()]
+        run = run_flags(folders[0]) if folders else {}
+        run = {key: run[key] for key in run.keys() & {*INHERITED, *inherited, "data_dir", "found"}}
         fixed = run.keys() & INHERITED
-        run = {key: run[key] for key in fixed | {"data_dir", "found", *inherited} & run.keys()}
-    elif few.predict:
+    elif "predict" in given:
         raise Fail("--predict: needs a finished run, as --finetuned RUN")
-    if few.data_dir and not few.data and not run:
-        raise Fail(f"--data-dir {few.data_dir}: of which --data?")
-    data = few.data or run.get("data", "shapes")
+    for key in fixed & given.keys():
+        if given[key] != run.get(key):
+            raise Fail(f"{flag(key)} {given[key]}: the run has {run.get(key)}")
+    data = {**defaults, **run, **given}["data"]
+    if "data_dir" in given and data == "shapes":
+        raise Fail(f"--data-dir {given['data_dir']}: of which --data?")
     if data not in recipes:
         raise Fail(f"--data {data}: {method}.py has recipes for {', '.join(recipes)}")
-    recipe = {**recipes[data], **OF_DATA.get(data, {}), **recipes.get(few.variant, {})}
-    if unknown := sorted(recipe.keys() - flags):
-        raise Fail(f"RECIPES of {method}.py: {unknown} are no flags")
-    if few.epochs or few.steps:
+    recipe = {**recipes[data], **OF_DATA.get(data, {}), **recipes.get(given.get(variant), {})}
+    if given.keys() & {"epochs", "steps"}:
         recipe |= {"epochs": None, "steps": None}
-    if few.shots:
+    if given.get("shots"):
         recipe["warmup"] = 0.0  # a few hundred steps: FLYP's author's advice
-    p.set_defaults(**recipe | {"method": method} | run)
-    args = p.parse_args()
-    for key in fixed:
-        if vars(args)[key] != run[key]:
-            raise Fail(f"--{key.replace('_', '-')}: the run has {run[key]}; drop the flag")
-    check_numbers(args, {**LIMITS, **(limits or {})})
-    return args
-
-
-def check_numbers(args, limits):
-    for key, value in vars(args).items():
-        low, high = limits.get(key, (0, 1e9))
+    args = {**defaults, **recipe, **run, **given}
+    if args.pop("help"):
+        p.set_defaults(**args)
+        sys.exit(p.print_help())
+    if args["out"] and not args["resume"] and any(Path(args["out"]).glob("*")):
+        raise Fail(f"--out {args['out']}: is not empty; --resume continues a run")
+    wrong = sorted(recipe.keys() - defaults.keys()) or [k for k, v in args.items() if v is None]
+    if wrong not in (["epochs"], ["steps"]):
+        raise Fail(f"{method}.py, --data {data}: no flag, or no value: {', '.join(wrong)}")
+    for key, value in args.items():
+        low, high = p.within.get(flag(key), (0, 1e9))
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not low <= number <= high:
-                raise Fail(f"--{key.replace('_', '-')} {number}: not within {low:g} and {high:g}")
+            numeric = isinstance(number, (int, float))
+            if numeric and not low <= number <= high or \
+                    not numeric and isinstance(defaults.get(key), (int, float)):
+                raise Fail(f"{flag(key)} {number}: not a number from {low:g} to {high:g}")
+    return argparse.Namespace(**args)
+
+
+def flag(key):
+    return "--" + key.replace("_", "-")
 
 
 def run_flags(folder):
-    """Flags of the run in a folder; none if there is no run."""
-    flags = read_json(folder / "args.json") if (folder / "args.json").is_file() else {}
+    """Flags of the run in a folder."""
+    flags = read_json(folder / "args.json")
     if not isinstance(flags, dict):
         raise Fail(f"{folder / 'args.json'}: not the flags of a run")
     return flags
-
-
-def check_flags(args):
-    """Fail on a flag without a value, or one that the method should have read before start()."""
-    if args.predict:
-        raise Fail(f"--predict: {args.method}.py does not use it")
-    empty = [key for key, value in vars(args).items() if value is None]
-    if len(empty) != 1 or empty[0] not in ("epochs", "steps"):
-        raise Fail(f"{args.method}.py, --data {args.data}: no value for {empty or '--steps'}")
 
 
 def check_texts(data, tokenizer, context):
@@ -1704,16 +1688,16 @@ def check_texts(data, tokenizer, context):
 def check_same(args, data, amp):
     """What a resumed run must find as it was; the run of --finetuned should have held out the
     images that are held out now."""
-    def digest(value):
-        return hashlib.sha256(value).hexdigest()[:16]
-    texts = [t if isinstance(t, str) else t("{}") for t in data.templates], data.texts
-    found = {"class names": digest(repr(data.classnames).encode()),
-             "texts": digest(repr(texts).encode()), "precision": str(amp)}
+    found = {"class names": repr(data.classnames), "precision": str(amp), "texts": repr(
+        ([t if isinstance(t, str) else t("{}") for t in data.templates], data.texts))}
     for images in (data.train, data.val):
         names = images.images.tobytes()
         if images.on_disk:  # by names below --data-dir, which may move
             names = b"\n".join(images.images.tolist()).replace(os.fsencode(args.data_dir), b"")
-        found[f"{images.name} images"] = digest(names + images.labels.numpy().tobytes())
+        found[f"{images.name} images"] = names + images.labels.numpy().tobytes()
+    for name, value in found.items():
+        value = value if isinstance(value, bytes) else value.encode()
+        found[name] = hashlib.sha256(value).hexdigest()[:16]
     run, args.found = getattr(args, "found", found), found
     differ = [name for name in found if found[name] != run.get(name)]
     if differ and args.resume:
@@ -1725,12 +1709,9 @@ def check_same(args, data, amp):
 
 def describe(args, data):
     """Say which images, classes and flags a run has."""
-    sets = {images.name: len(images) for images in (data.train, data.val, *data.tests.values())}
-    counts = [f"{name} {n}" for name, n in zip(data.classnames, class_counts(data))]
-    more = " ..." if len(counts) > 20 else ""
-    flags = {key: value for key, value in vars(args).items() if key != "found"}
-    say(f"{args.method}: images {sets}; {len(counts)} classes: {', '.join(counts[:20])}{more}\n"
-        f"{flags}")
+    sizes = {images.name: len(images) for images in (data.train, data.val, *data.tests.values())}
+    say(f"images: {sizes}\n{len(data.classnames)} classes, training images: "
+        f"{str(data.counts())[:1000]}\n{vars(args)}")
 
 
 # --data: function(data_dir, args) -> Data

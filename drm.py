@@ -90,20 +90,19 @@ def get_args():
           "brings its own, and of folder it is descriptions.json", type=common.absolute)
     p.add("--prompt", "a photo of a {}.", "default prompt, {} is the class name")
     p.add("--lam", 1.0, "lambda, weight of the worst-case risk (paper: 1 to 5); 0 is FLYP")
-    p.add("--beta", None, "weight of the df head at inference; None is 1 / (1 + lambda)",
-          type=float)
+    p.add("--beta", 0.0, "weight of the df head at inference; 0 is 1 / (1 + lambda)",
+          within=(0, 1))
     p.add("--targets", "paper", "p_c: paper is Eq. (9); softmax the direct estimate (ablation "
           "c1); onehot the labels (c3)", choices=["paper", "softmax", "onehot"])
-    p.add("--tau", 1.0, "temperature of Eq. (8)'s xi (paper: the model's, 0.01 for OpenAI's)")
+    p.add("--tau", 1.0, "temperature of Eq. (8)'s xi (paper: the model's, 0.01 for OpenAI's)",
+          within=(1e-6, 1e9))
     p.add("--erm", "flyp", "expected risk: FLYP's contrastive loss, or cross-entropy of the df "
           "head", choices=["flyp", "ce"])
     p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha DRM weights of "
-          "both towers")
+          "both towers", within=(0, 1))
     p.add("--baseline", False, "also train with lambda = 0 (ERM)")
-    limits = {"alpha": (0, 1), "beta": (0, 1), "tau": (1e-6, 1e9)}
-    args = common.parse(p, "drm", RECIPES, limits, ["descriptions", "prompt", "lam", "beta"])
-    if args.beta is None:
-        args.beta = 1 / (1 + args.lam)  # Section 4.3
+    args = common.parse(p, "drm", RECIPES, ["descriptions", "prompt", "lam", "beta"])
+    args.beta = args.beta or 1 / (1 + args.lam)  # Section 4.3
     if args.prompt.count("{}") != 1:
         raise common.Fail(f"--prompt '{args.prompt}': must hold {{}} once, where the name goes")
     if args.erm == "flyp" and args.batch_size < 2 * args.accum:
@@ -300,33 +299,36 @@ def three_rows(models, beta):
 def descriptions(pairs, classnames, aliases, source):
     """A list of texts for each class, from (key, value) pairs in the order of a JSON object.
 
-    A key is a class's name or second name, exactly or else in any case; the k-th key of a name is
-    of the k-th class of that name, unless a key stands at its class's place (ImageNet has two
-    "missile"). Keys that are all indices, and none a name, count the classes. Keys and classes
-    that are left at the same places are joined, and said, at most a tenth; then a class without a
+    A key belongs to the class of that name or second name, exactly or else in any case; of two
+    classes of a name (ImageNet has two "missile") to that at the key's own place, or the first
+    without a key. Keys that are all indices, and none a name, count the classes. Keys and classes
+    that are left at equal places are joined, and said, at most a tenth; then a class without a
     key takes the text of another of its name.
     """
-    keys, C, of_class = [key for key, _ in pairs], len(classnames), {}  # class -> place of its key
-    if sorted(keys) == sorted(map(str, range(C))) and not set(keys) & {*classnames, *aliases}:
-        of_class = {int(key): k for k, key in enumerate(keys)}
+    keys, C, of_class = [common.plain(key) for key, _ in pairs], len(classnames), {}
+    matches, classes = [], defaultdict(set)  # classes: name in any case -> of which classes
+    for c in range(C):
+        for name in (classnames[c], aliases[c]):
+            classes[name.casefold()].add(c)
+    for k, key in enumerate(keys):
+        for c in classes[key.casefold()]:
+            exact = (key == classnames[c], key == aliases[c], key.casefold() ==
+                     classnames[c].casefold(), True).index(True)
+            matches.append((exact, k != c, k, c))
+    if not matches and sorted(keys) == sorted(map(str, range(C))):
+        matches = [(0, False, k, int(key)) for k, key in enumerate(keys)]
         common.say(f"{source}: keys are indices: 0 {classnames[0]}, 1 {classnames[1]}, ...")
-    for names in (classnames, aliases):
-        for form in (common.plain, str.casefold):
-            places = defaultdict(list)  # of keys without a class
-            for k in sorted(set(range(len(keys))) - set(of_class.values())):
-                places[form(keys[k])].append(k)
-            left = [c for c in range(C) if c not in of_class]
-            at_place = [c for c in left if c in places[form(names[c])]]
-            for c in dict.fromkeys(at_place + left):
-                found = places[form(names[c])]
-                if found:
-                    of_class[c] = found.pop(found.index(c) if c in found else 0)
+    free = set(range(len(keys)))
+    for _, _, k, c in sorted(matches):  # the best first
+        if k in free and c not in of_class:
+            of_class[c] = k
+            free.remove(k)
     of_name = {classnames[c]: k for c, k in of_class.items()}
-    free = set(range(len(keys))) - set(of_class.values())
     by_place = [c for c in range(C) if c not in of_class and c in free]
     of_class |= {c: c for c in by_place}
-    of_class |= {c: of_name[name] for c, name in enumerate(classnames)
-                 if c not in of_class and name in of_name}
+    for c, name in enumerate(classnames):
+        if c not in of_class and name in of_name:
+            of_class[c] = of_name[name]
     missing = [name for c, name in enumerate(classnames) if c not in of_class]
     unknown = [keys[k] for k in sorted(free - set(by_place))]
     if missing or unknown or len(by_place) > 0.1 * C:

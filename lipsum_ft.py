@@ -57,11 +57,11 @@ def get_args():
     p = common.parser(__doc__)
     p.add("--lam", 1.0, "lambda, weight of the regulariser (official code: 1); 0 is plain "
           "fine-tuning")
-    p.add("--texts", 80, "M, random texts a step (official code: 80)")
-    p.add("--text-length", 8, "L, random tokens a text (official code: 8)")
+    p.add("--texts", 80, "M, random texts a step (official code: 80)", within=(1, 1e9))
+    p.add("--text-length", 8, "L, random tokens a text (official code: 8)", within=(1, 1e9))
     p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
     p.add("--baseline", False, "also train without the regulariser")
-    return common.parse(p, "lipsum_ft", RECIPES, {"texts": (1, 1e9), "text_length": (1, 1e9)})
+    return common.parse(p, "lipsum_ft", RECIPES)
 
 
 # ------------------------------------- Equations -------------------------------------
@@ -143,7 +143,7 @@ def fine_tune(setup, zero_shot, lam, out):
 def main():
     args = get_args()
     if args.predict:
-        return common.predict_with_run(args)
+        return common.predict_with_head(args)
     setup = common.start(args, common.load_data(args))
     context = setup.clip.context_length
     if args.text_length + 2 > context:

@@ -71,15 +71,13 @@ FROZEN = {"none": (), "encoder": ("visual.",), "head": ("head", "bias")}
 def get_args():
     p = common.parser(__doc__)
     alpha = p.add_mutually_exclusive_group()
-    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)", group=alpha)
-    p.add("--select", False, "save the alpha that is best on held-out training images",
-          group=alpha)
+    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)", alpha, (0, 1))
+    p.add("--select", False, "save the alpha that is best on held-out training images", alpha)
     p.add("--alphas", [round(0.1 * i, 1) for i in range(11)], "coefficients of the curve",
-          nargs="+", type=float)
+          within=(0, 1), nargs="+", type=float)
     p.add("--freeze", "none", "part that is not trained; encoder is the paper's linear classifier",
           choices=FROZEN)
-    return common.parse(p, "wise_ft", RECIPES, {"alpha": (0, 1), "alphas": (0, 1)},
-                        variant="--freeze")
+    return common.parse(p, "wise_ft", RECIPES, variant="freeze")
 
 
 # ------------------------------------- Equations -------------------------------------
@@ -170,20 +168,20 @@ def select_alpha(theta_0, theta_1, alphas, setup):
 def main():
     args = get_args()
     if args.predict:
-        return common.predict_with_run(args)
+        return common.predict_with_head(args)
     data = common.load_data(args)
     if args.select and not len(data.val):
         raise common.Fail("--select: there are no held-out images; raise --holdout")
     setup = common.start(args, data)
 
     # Step 1: theta_0, and theta_1 trained from it
-    out = setup.out / "fine-tuned"
     if args.finetuned:
         theta_0, theta_1 = common.load_finetuned(setup)
     else:
         W, s = setup.head, setup.scale
         theta_0 = common.ImageClassifier(setup.clip.visual, s * W, bias=True, amp=setup.amp).eval()
         common.preview(common.each({"zero-shot": theta_0}), setup)
+        out = setup.out / "fine-tuned"
         if args.freeze == "encoder" and args.augment == "none":
             theta_1 = linear_classifier(theta_0, setup, out)
         else:

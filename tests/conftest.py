@@ -21,6 +21,7 @@ import open_clip  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,7 +35,8 @@ def save_clip(path, config, seed=0):
     torch.manual_seed(seed)
     path.mkdir(parents=True)
     weights = open_clip.CLIP(**config).state_dict()
-    common.save_tensors(path / "open_clip_model.safetensors", weights)
+    save_file({name: x.contiguous() for name, x in weights.items()},
+              path / "open_clip_model.safetensors")
     common.write_json(path / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
     return f"local-dir:{path}"
 
@@ -100,9 +102,16 @@ def in_process(script, flags, stdout, stderr):
         common.cli(method.main)
 
 
+class Screen(io.StringIO):
+    """A stdout in memory."""
+
+    def reconfigure(self, **_):
+        pass
+
+
 def printed(script, *flags):
     """What a method prints on stdout, run to its end in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = Screen(), io.StringIO()
     try:
         in_process(script, flags, out, err)
     except SystemExit as end:  # --help
@@ -111,14 +120,11 @@ def printed(script, *flags):
 
 
 def complaint(script, *flags):
-    """The line on stderr that a method ends with on a mistake, with exit code 2.
-
-    Before it there may be nothing but the held-out accuracies of a run that got so far.
-    """
+    """The line on stderr that a method ends with on a mistake, with exit code 2."""
     stderr = io.StringIO()
     with pytest.raises(SystemExit) as end:
         in_process(script, flags, sys.stdout, stderr)
-    *before, last = stderr.getvalue().strip().splitlines()
+    last = stderr.getvalue().strip().splitlines()[-1]
     assert end.value.code == 2 and last.startswith("error: "), stderr.getvalue()
-    assert all("of the held-out images are right" in line for line in before), stderr.getvalue()
+    assert "Traceback" not in stderr.getvalue()
     return last

@@ -1,8 +1,7 @@
-"""common.py: heads, metrics, schedule, data order, images, atomic files, flags and recipes."""
+"""common.py: heads, metrics, choices, schedule, order, images, flags, files of a run."""
 import json
 import math
-import re
-import time
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import complaint, printed
+from tests.conftest import complaint, printed, write_tree
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision import transforms
@@ -20,6 +19,18 @@ import drm
 import lipsum_ft
 import vrf
 import wise_ft
+
+METHODS = [wise_ft, lipsum_ft, vrf, drm]
+
+
+def image_set(images, labels, **how):
+    """An ImageSet of paths that are not read."""
+    return common.ImageSet("t", images or [f"{i}.jpg" for i in range(len(labels))], labels, **how)
+
+
+def names_of(images):
+    return [os.fsdecode(path) for path in images.images]
+
 
 # ------------------------------------ Heads and texts ------------------------------------
 
@@ -63,11 +74,12 @@ def test_encode_texts_equals_open_clip_at_all_77_positions(tiny_vit, custom):
             for given in (tokens, tokens[:, :max(lengths) + 2]):  # padded, and cut at the last EOT
                 assert (common.encode_texts(clip, given) - want).abs().max() <= 1e-6
         assert (want[0] - want[1]).abs().max() > 1e-3  # the texts do differ
-    with pytest.raises(ValueError, match="78 tokens exceed the context length 77"):
+    with pytest.raises(ValueError, match="78 tokens for a text tower of 77"):
         common.encode_texts(clip, torch.zeros(1, 78, dtype=torch.long))
 
 
-@pytest.mark.parametrize("change", [dict(no_causal_mask=True), dict(pool_type="last")])
+@pytest.mark.parametrize("change", [
+    dict(no_causal_mask=True), dict(pool_type="last"), dict(pool_type="eos", eos_id=49407)])
 def test_a_tower_that_needs_its_full_context_gets_it(tiny_vit, change):
     cfg = json.loads(open(tiny_vit[10:] + "/open_clip_config.json").read())["model_cfg"]
     torch.manual_seed(0)
@@ -76,7 +88,7 @@ def test_a_tower_that_needs_its_full_context_gets_it(tiny_vit, change):
     with torch.no_grad():
         want = F.normalize(clip.encode_text(tokens), dim=-1)
         assert (common.encode_texts(clip, tokens) - want).abs().max() <= 1e-6
-    with pytest.raises(ValueError, match="not causal"):
+    with pytest.raises(ValueError, match="10 tokens for a text tower of 77"):
         common.encode_texts(clip, tokens[:, :10])
 
 
@@ -96,69 +108,67 @@ def test_calibration_error_against_a_loop():
             accuracy = sum(probs[i].argmax() == labels[i] for i in inside) / len(inside)
             confidence = sum(probs[i].max() for i in inside) / len(inside)
             want += len(inside) / 500 * abs(accuracy - confidence)
-    got = common.expected_calibration_error(torch.tensor(probs), torch.tensor(labels))
+    confidence, predicted = torch.tensor(probs).max(dim=1)
+    got = common.calibration_error(confidence, predicted == torch.tensor(labels))
     assert got == pytest.approx(want, abs=1e-9)
     border = common.calibration_error(torch.tensor([0.5, 0.9]), torch.tensor([True, False]), bins=2)
     assert border == pytest.approx((0.5 + 0.9) / 2)  # 0.5 belongs to the lower bin
-    sure = torch.tensor([[0.75, 0.25]] * 4)  # three of four right at confidence 0.75
-    assert common.expected_calibration_error(sure, torch.tensor([0, 0, 0, 1])) == 0
+    sure = torch.full((4,), 0.75)  # three of four right
+    assert common.calibration_error(sure, torch.tensor([True, True, True, False])) == 0
 
 
 def test_metrics_of_hand_worked_logits():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
     scores = common.image_scores(logits + 7, torch.tensor([0, 2]))
-    assert scores.confidence.tolist() == pytest.approx([0.5, 0.8])
-    assert scores.predicted.tolist() == [0, 1]
-    assert scores.nll.tolist() == pytest.approx([math.log(2), math.log(10)])
-    assert scores.nll.dtype == scores.confidence.dtype == torch.double
-    m = common.metrics(scores, common.ImageSet("t", None, [0, 2]))
+    assert scores.dtype == torch.double
+    confidence, predicted, nll = scores.unbind(dim=1)
+    assert confidence.tolist() == pytest.approx([0.5, 0.8])
+    assert predicted.tolist() == [0, 1]
+    assert nll.tolist() == pytest.approx([math.log(2), math.log(10)])
+    m = common.metrics(scores, image_set(None, [0, 2]))
     assert m["acc"] == 50 and m["n"] == 2
     assert m["nll"] == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
     assert m["ece"] == pytest.approx(100 * (0.5 * abs(1 - 0.5) + 0.5 * abs(0 - 0.8)))
+    broken = common.image_scores(torch.full((2, 3), math.nan), torch.tensor([0, 2]))
+    with pytest.raises(common.Fail, match="not numbers"):
+        common.metrics(broken, image_set(None, [0, 2]))
 
 
 def test_projection_takes_the_largest_logit_of_a_label():
     logits = torch.tensor([[1.0, 5.0, 2.0, 9.0]])
-    assert common.ImageSet("t", None, [0], [[2], [0, 1]]).project(logits).tolist() == [[2.0, 5.0]]
-    assert common.ImageSet("t", None, [0]).project(logits) is logits
+    images = image_set(None, [0], classes=[[2], [0, 1]])
+    assert images.project(logits).tolist() == [[2.0, 5.0]]
+    assert image_set(None, [0]).project(logits) is logits
 
 
-def test_log_mixture_against_a_loop():
-    rng = np.random.default_rng(0)
-    a, b, w = rng.normal(0, 4, (6, 5)), rng.normal(0, 4, (6, 5)), rng.random(6)
-    w[:2] = 0, 1
-    got = common.log_mixture(torch.tensor(a), torch.tensor(b), torch.tensor(w))
-    one = common.log_mixture(torch.tensor(a), torch.tensor(b), 0.3)
-    for i in range(6):
-        p = [math.exp(z) / sum(math.exp(other) for other in a[i]) for z in a[i]]
-        q = [math.exp(z) / sum(math.exp(other) for other in b[i]) for z in b[i]]
-        for c in range(5):
-            want = math.log(w[i] * p[c] + (1 - w[i]) * q[c])
-            assert got[i, c].item() == pytest.approx(want, abs=1e-12)
-            want = math.log(0.3 * p[c] + 0.7 * q[c])
-            assert one[i, c].item() == pytest.approx(want, abs=1e-12)
-
-
-def test_log_mixture_of_very_unlike_logits_is_exact():
-    sure, other = torch.tensor([[100.0, 0.0]]), torch.tensor([[1000.0, 0.0]])
-    wrong = torch.tensor([1])
-    for weight, want in ((1, 100.0), (0, 1000.0), (0.5, 100 + math.log(2))):  # e^-1000 is nothing
-        nll = common.image_scores(common.log_mixture(sure, other, weight), wrong).nll
-        assert nll.item() == pytest.approx(want, rel=1e-12), weight  # a clamped log gives 69.08
-    masked = torch.tensor([[0.0, -math.inf]])
-    assert common.log_mixture(masked, masked, 0.5).tolist() == [[0.0, -math.inf]]
+def test_log_probabilities_and_their_scores_are_exact():
+    p = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).double()
+    log_p = common.log_probabilities(p)
+    assert log_p[0].tolist() == [math.log(0.25), math.log(0.75)]
+    assert log_p[1].tolist() == [0.0, math.log(2.0 ** -1022)]  # the smallest positive double
+    nll = common.image_scores(log_p, torch.tensor([0, 1]))[:, 2]
+    assert nll.tolist() == pytest.approx([math.log(4), 1022 * math.log(2)], rel=1e-12)
 
 
 def test_the_choice_on_held_out_images_by_hand():
-    accuracy, weight = [80.0, 88.0, 89.5, 90.0, 85.0], [0.0, 0.3, 0.6, 0.9, 1.0]
-    # One standard error of 90% on 100 images is 3 points, on 3600 it is 0.5, on 10,000 it is 0.3.
-    assert common.choose(accuracy, weight, 100) == 2     # 0.6 is nearest 0.5 of 88, 89.5 and 90
-    assert common.choose(accuracy, weight, 3600) == 2    # 89.5 lies on the border
-    assert common.choose(accuracy, weight, 10_000) == 3  # 90 alone
-    assert common.choose(accuracy, weight, 100, "best") == 3
-    assert common.choose([90, 90, 90], [0.0, 0.4, 0.9], 50, "best") == 1
-    assert common.choose([90, 90, 90], [1.0, 0.0, 0.7], 50, "one-se") == 2
-    assert common.choose([100, 99], [1.0, 0.5], 10) == 0  # at 100% the standard error is 0
+    assert common.choose([80.0, 88.0, 89.5, 90.0, 85.0], [0.0, 0.3, 0.6, 0.9, 1.0]) == 3
+    assert common.choose([90, 90, 90], [0.0, 0.4, 0.9]) == 1  # of equals the nearest to 0.5
+    assert common.choose([90, 90, 89], [1.0, 0.2, 0.5]) == 1
+
+
+def test_rows_of_one_number_an_image_stay_as_they_are(tiny_vit):
+    pixels = np.random.default_rng(0).integers(256, size=(260, 32, 32, 3), dtype=np.uint8)
+    images = common.ImageSet("t", pixels, np.arange(260) % 3)
+    images.prepare(PreprocessCfg(size=32))
+
+    def rows(x, project):
+        return {"logits": x[:, :, 0, 0], "mean": x.mean(dim=(1, 2, 3))}
+    setup = SimpleNamespace(args=SimpleNamespace(workers=0))
+    found = common.evaluate(rows, setup, {"t": images})
+    x = images.normalized(torch.tensor(pixels).permute(0, 3, 1, 2))
+    assert torch.allclose(found["mean"]["t"], x.mean(dim=(1, 2, 3)))
+    right = (x[:, :, 0, 0].argmax(1) == images.labels).double().mean().item()
+    assert found["logits"]["t"]["acc"] == pytest.approx(100 * right)
 
 
 # ------------------------------------ Steps, order, images ------------------------------------
@@ -181,9 +191,8 @@ def test_stream_is_epochs_end_to_end_whatever_the_split(monkeypatch):
             monkeypatch.setattr(common, "RANK", rank)
             monkeypatch.setattr(common, "WORLD", world)
             args = SimpleNamespace(batch_size=8, accum=accum, seed=3)
-            sampler = common.ShuffledEpochs(n, args, first, last)
-            own = list(sampler)
-            assert len(sampler) == len(own) and {len(b) for b in own} == {8 // accum // world}
+            own = list(common.shuffled_epochs(n, args, first, last))
+            assert {len(b) for b in own} == {8 // accum // world}
             for part, batch in zip(parts, own, strict=True):
                 part += batch
         steps = [sum(parts[t:t + accum], []) for t in range(0, len(parts), accum)]
@@ -199,10 +208,10 @@ def test_stream_is_epochs_end_to_end_whatever_the_split(monkeypatch):
     args = SimpleNamespace(batch_size=10, accum=1, seed=3)
     monkeypatch.setattr(common, "RANK", 0)
     monkeypatch.setattr(common, "WORLD", 1)
-    orders = [[i for _, i in batch] for batch in common.ShuffledEpochs(10, args, 0, 3)]
+    orders = [[i for _, i in batch] for batch in common.shuffled_epochs(10, args, 0, 3)]
     assert len({tuple(order) for order in [*orders, range(10)]}) == 4  # shuffled anew each epoch
     args.seed = 4
-    assert [i for _, i in next(iter(common.ShuffledEpochs(10, args, 0, 1)))] != orders[0]
+    assert [i for _, i in next(common.shuffled_epochs(10, args, 0, 1))] != orders[0]
 
 
 def by_hand(augment, mean, std):
@@ -219,7 +228,8 @@ def by_hand(augment, mean, std):
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
 def test_images_are_those_of_open_clip_s_transform(augment):
     preprocess = PreprocessCfg(size=32)
-    ours = common.image_transform(preprocess, augment)
+    ours, images = common.image_transform(preprocess, augment), image_set(None, [0])
+    images.prepare(preprocess)
     wants = [by_hand(augment, preprocess.mean, preprocess.std)]
     if augment != "crop-flip":  # open_clip's has no flip
         scale = {"scale": (0.9, 1.0)} if augment == "crop" else None
@@ -230,7 +240,7 @@ def test_images_are_those_of_open_clip_s_transform(augment):
         torch.manual_seed(seed)
         pixels = ours(image)
         assert pixels.dtype == torch.uint8 and pixels.shape == (3, 32, 32)
-        got = common.normalized(pixels[None], preprocess)[0]
+        got = images.normalized(pixels[None])[0]
         for want in wants:
             torch.manual_seed(seed)  # the same draws
             assert (got - want(image)).abs().max() <= 1e-6
@@ -255,42 +265,113 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone():
     assert torch.equal(images[1][0], images[3][0])  # the set itself is as it was
 
 
-def test_grey_images_of_16_bits_keep_their_light(tmp_path):
-    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    pixels = np.asarray(common.read_image(tmp_path / "deep.png"))
-    assert pixels.shape == (8, 8, 3) and (pixels[..., 1] == values // 256).all()
+def test_every_group_of_an_optimizer_is_scheduled_and_all_are_clipped_together(tmp_path):
+    """A second group once kept its first rate and was not clipped."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[1].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss_fn(forward, batch):
+        return 100 * forward(batch.images).square().sum(), {}
+    batch = common.Batch(torch.randn(5, 3), None, None, 0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    common.optimizer_step(model, loss_fn, [batch], optimizer, scaler, 1.0)
+    moved = {name: (before[name] - p) / (0.5 if name[0] == "0" else 0.1)
+             for name, p in model.named_parameters()}
+    assert sum(g.square().sum() for g in moved.values()).sqrt().item() == pytest.approx(1, abs=1e-4)
+
+    args = SimpleNamespace(steps=4, batch_size=2, accum=1, lr=0.1, wd=0.0, warmup=0.0, seed=0,
+                           augment="none", keep="last", save_every=9, workers=0, grad_clip=0,
+                           finetuned="", grad_checkpointing=False, compile=False)
+    images = common.ImageSet("train", np.zeros((4, 8, 8, 3), np.uint8), [0] * 4)
+    images.prepare(PreprocessCfg(size=8))
+    data = SimpleNamespace(train=images, val=[])
+    setup = SimpleNamespace(args=args, data=data, amp=None, out=tmp_path)
+    rates = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "make_optimizer", lambda m, a: torch.optim.SGD(
+            [{"params": m.a, "lr": 0.5}, {"params": m.b}], lr=0.1))
+        step = common.optimizer_step
+
+        def recorded(runner, loss_fn, parts, optimizer, *rest):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            return step(runner, loss_fn, parts, optimizer, *rest)
+        patch.setattr(common, "optimizer_step", recorded)
+        model = torch.nn.Module()
+        model.a, model.b = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+        trained = common.train(model, lambda m, b: ((m.a * m.b).sum(), {}), setup)
+    factors = [(1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
+    assert np.allclose(rates, [[0.5 * f, 0.1 * f] for f in factors])
+    assert model.a == model.b == 1 != trained.a  # train() leaves what it is given as it is
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_frozen_parts_stay_as_they_are(tiny_resnet):
+    """BatchNorm included, whose statistics move in train mode."""
+    visual = open_clip.create_model(tiny_resnet).visual
+    model = common.ImageClassifier(visual, torch.randn(3, 32))
+    args = SimpleNamespace(finetuned="", grad_checkpointing=False, compile=False)
+    for frozen, moves in ((("visual.",), False), ((), True)):
+        copied, runner = common.trainable(model, args, frozen)
+        assert copied.training and runner is copied
+        before = copied.visual.bn1.running_mean.clone()
+        copied(torch.randn(4, 3, 32, 32))[0].sum().backward()
+        assert torch.equal(copied.visual.bn1.running_mean, before) != moves
+        assert (copied.visual.conv1.weight.grad is None) != moves
+        assert copied.head.grad is not None and model.head.grad is None
+
+
+def test_a_broken_or_strange_file_is_named(tmp_path):
     Image.effect_noise((300, 300), 50).convert("RGB").save(tmp_path / "good.jpg")
     good = (tmp_path / "good.jpg").read_bytes()
-    assert common.read_image(tmp_path / "good.jpg").size == (300, 300)
-    cuts = {"header": good[:100], "pixels": good[:-2000], "empty": b"", "text": b"<html>404</html>"}
-    for name, content in cuts.items():
-        bad = tmp_path / f"{name}.jpg"
-        bad.write_bytes(content)
-        with pytest.raises(common.BrokenImage) as error:
-            common.read_image(bad)
-        assert str(bad) in str(error.value) and "\n" not in str(error.value), name
+    for name, content in {"header.jpg": good[:100], "pixels.jpg": good[:-2000], "empty.jpg": b"",
+                          "text.jpg": b"<html>404</html>"}.items():
+        (tmp_path / name).write_bytes(content)
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "int.tif")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    Image.new("RGB", (1, 30_000)).save(tmp_path / "line.png")
+    files = sorted(path for path in tmp_path.iterdir() if path.name != "good.jpg")
+    images = common.ImageSet("t", [tmp_path / "good.jpg", *files], [0] * (len(files) + 1))
+    images.prepare(PreprocessCfg(size=32))
+    assert images[0][0].shape == (3, 32, 32) and len(files) == 8
+    for i, file in enumerate(files, 1):
+        with pytest.raises(common.Fail) as error:
+            images[i]
+        assert str(error.value).startswith(f"{file}: cannot be read"), file
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("decoder"), MemoryError(), KeyError("x")])
+def test_whatever_a_decoder_raises_is_one_sentence(tmp_path, monkeypatch, error):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    images = common.ImageSet("t", [tmp_path / "a.png"], [0])
+    images.prepare(PreprocessCfg(size=8))
+
+    def broken(path):
+        raise error
+    monkeypatch.setattr(common, "read_image", broken)
+    with pytest.raises(common.Fail, match="a.png: cannot be read as an image"):
+        images[0]
 
 
 def test_holdout_and_shots_are_balanced_and_disjoint():
     labels = np.repeat([0, 1, 2], [10, 20, 5])
-    train = common.ImageSet("train", common.file_paths([f"{i}.jpg" for i in range(35)]), labels)
+    train = image_set(None, labels)
     kept, held = common.hold_out(train, 0.2)
-    mine, others = set(kept.images.tolist()), set(held.images.tolist())
+    mine, others = set(names_of(kept)), set(names_of(held))
     assert np.bincount(held.labels).tolist() == [2, 4, 1] and not mine & others
-    assert mine | others == set(train.images.tolist())
+    assert mine | others == set(names_of(train))
     for part in (kept, held):  # an image keeps its label
-        numbers = [int(part.describe(i).removesuffix(".jpg")) for i in range(len(part))]
+        numbers = [int(name.removesuffix(".jpg")) for name in names_of(part)]
         assert labels[numbers].tolist() == part.labels.tolist()
-    few = common.few_shot(train, 3, seed=1)
-    assert np.bincount(few.labels).tolist() == [3, 3, 3]
-    assert (few.images == common.few_shot(train, 3, 1).images).all()
-    assert (few.images != common.few_shot(train, 3, 2).images).any()
-    with pytest.raises(common.Fail, match="class 2"):
-        common.few_shot(train, 6, 0)
+
+    def few(seed):
+        return common.sample_classes(train, seed, lambda n: 3).tolist()
+    assert np.bincount(labels[few(1)]).tolist() == [3, 3, 3]
+    assert few(1) == few(1) != few(2)
     _, held = common.hold_out(train, 0.9)
     assert np.bincount(held.labels).tolist() == [9, 18, 4]  # a class keeps one image
     _, held = common.hold_out(train, 0.5, most=4)
@@ -322,212 +403,229 @@ def test_few_shots_have_no_warm_up_and_hold_out_at_most_4_images_a_class(tree):
         assert not set(data.val.images.tolist()) & set(data.train.images.tolist())
 
 
-def test_names_of_other_tools_are_understood():
-    args = args_of(wise_ft, "--data", "imagenet", "--model", "ViT-B/16")
-    assert args.model == "ViT-B-16-quickgelu"
-    for theirs, ours in (("amp_bf16", "bf16"), ("amp", "fp16"), ("fp32", "fp32")):
-        assert args_of(wise_ft, "--precision", theirs).precision == ours
+def test_parts_and_warm_up_fit_the_steps(monkeypatch):
+    data = SimpleNamespace(train=range(100), val=[])
+    args = SimpleNamespace(finetuned="", batch_size=10, accum=4, steps=40, epochs=None,
+                           warmup=500.0, keep="last")
 
-
-def test_the_value_that_an_error_names_does_fit(monkeypatch):
-    args = SimpleNamespace(finetuned="none", batch_size=10, accum=4, steps=40, epochs=None,
-                           warmup=500.0)
-    for world, fitting in ((1, 8), (2, 8), (3, 12)):
-        monkeypatch.setattr(common, "WORLD", world)
-        args.batch_size = 10
-        words = f"multiple of the {world} ranks x 4 --accum parts; {fitting} is"
-        with pytest.raises(common.Fail, match=words):
-            common.check_steps(args, 100)
-        args.batch_size = fitting
-        words = "--warmup 500: .* of 40 steps; --warmup 4 is a tenth"
-        with pytest.raises(common.Fail, match=words):
-            common.check_steps(args, 100)
+    def check(**changes):
+        common.check_steps(SimpleNamespace(**{**vars(args), **changes}), data)
+    with pytest.raises(common.Fail, match="--batch-size 10: .* 4 --accum"):
+        check()
+    with pytest.raises(common.Fail, match="--warmup 500"):
+        check(batch_size=8)
+    monkeypatch.setattr(common, "WORLD", 3)
+    with pytest.raises(common.Fail, match="3 ranks"):
+        check(batch_size=8)
+    monkeypatch.setattr(common, "WORLD", 1)
     for steps, warmup in ((40, 4.0), (40, 39.0), (40, 0.99), (1, 0.1), (5, 0.0)):
-        args.steps, args.warmup = steps, warmup
-        common.check_steps(args, 100)
-    for warmup in (40.0, 41.0):
-        args.steps, args.warmup = 40, warmup
-        with pytest.raises(common.Fail, match="would not end"):
-            common.check_steps(args, 100)
+        check(batch_size=8, steps=steps, warmup=warmup)
+    with pytest.raises(common.Fail, match="would not end"):
+        check(batch_size=8, warmup=40.0)
+    with pytest.raises(common.Fail, match="--keep best"):
+        check(batch_size=8, warmup=0.0, keep="best")
 
 
-@pytest.mark.parametrize("method, own", [(wise_ft, "--alphas"), (lipsum_ft, "--texts"),
-                                         (vrf, "--k-rule"), (drm, "--tau")])
-def test_help_lists_own_flags_first_with_the_recipe_s_values(method, own):
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_values_of_the_recipe(method):
     def shown(*flags):
         text = printed(f"{method.__name__}.py", *flags, "--help")
-        options = text[text.index("\nflags of this method"):]
-        assert options.index(f"\n  {own} ") < options.index("flags of all methods")
-        assert options.index("flags of all methods") < options.index("\n  --data ")
-        found = {}
-        for entry in re.split(r"\n  (?=--)", options)[1:]:
-            default = re.search(r"\(default: (.*?)\)(\s|$)", " ".join(entry.split()))
-            found[entry.split()[0].rstrip(",")] = default[1]
-        return found
+        return " ".join(text[text.index("\noptions:"):].split())
     imagenet, shapes = shown("--data", "imagenet"), shown()
-    for flag, key in (("--lr", "lr"), ("--batch-size", "batch_size"), ("--augment", "augment"),
-                      ("--wd", "wd"), ("--warmup", "warmup"), ("--holdout", "holdout")):
-        assert imagenet[flag] == str(method.RECIPES["imagenet"][key]), flag
-    assert imagenet["--holdout"] == "0.02" and shapes["--holdout"] == "0.1"
-    assert imagenet["--batch-size"] != shapes["--batch-size"] == "64"
-    assert shapes["--model"] == "shapes-clip" and imagenet["--model"] == "ViT-B-16-quickgelu"
+    recipe = method.RECIPES["imagenet"]
+    assert f"peak learning rate of AdamW (default: {recipe['lr']})" in imagenet
+    assert f"--accum parts (default: {recipe['batch_size']})" in imagenet
+    assert "at most 4 a class (default: 0.02)" in imagenet
+    assert "--accum parts (default: 64)" in shapes and "(default: shapes-clip)" in shapes
+
+
+def test_a_method_must_give_every_flag_a_value_and_every_key_a_flag(monkeypatch):
+    """What a new method may forget is said at its first run."""
+    def run(recipe, flag=None, data="shapes"):
+        monkeypatch.setattr("sys.argv", ["new.py", "--data", data])
+        p = common.parser("")
+        if flag:
+            p.add("--mu", *flag, type=float)
+        return common.parse(p, "new", {"shapes": recipe})
+    good = {"batch_size": 64}
+    assert run(good, (0.5, "")).mu == 0.5 and run({**good, "mu": 2.0}, (None, "")).mu == 2
+    for recipe, flag in ((good, (None, "")), ({**good, "momentum": 1}, None)):
+        with pytest.raises(common.Fail, match="mu|momentum"):
+            run(recipe, flag)
+    with pytest.raises(common.Fail, match="cifar10"):
+        run(good, data="cifar10")
+
+
+def test_a_flag_that_a_method_does_not_use_is_refused(tmp_path, tree, tiny_vit):
+    base = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--out", tmp_path / "r"]
+    args = args_of(lipsum_ft, *base)
+    args.predict, args.finetuned = str(tree), ""
+    with pytest.raises(common.Fail, match="--predict"):
+        common.start(args, common.load_data(args))
+    args.predict, args.finetuned = "", str(tree)
+    with pytest.raises(common.Fail, match="--finetuned"):
+        common.trainable(torch.nn.Linear(2, 2), args, ())
 
 
 # ------------------------------------ Files ------------------------------------
 
 
 def test_log_goes_on_where_the_checkpoint_does(tmp_path):
-    lines = [json.dumps({"step": i}) for i in range(5)]
-    cut = '\n{"step": 5, "lo'  # a line cut off by a kill
-    (tmp_path / "log.jsonl").write_text("\n".join(lines) + cut)
-    with common.open_log(tmp_path / "log.jsonl", 3) as log:
-        # A kill before the next write must not take the lines of the steps before.
-        assert (tmp_path / "log.jsonl").read_text().splitlines() == lines[:3]
-        log.write("next\n")
-    assert (tmp_path / "log.jsonl").read_text().splitlines() == [*lines[:3], "next"]
+    lines = [json.dumps({"step": i}) + "\n" for i in range(5)]
+    cut = '{"step": 5, "lo'  # a line cut off by a kill
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(lines) + cut)
+    log = common.open_log(path, sum(map(len, lines[:3])))
+    assert path.read_text() == "".join(lines[:3])
+    log.write("next\n")
+    assert path.read_text().splitlines()[3:] == ["next"]
+    path.unlink()  # one that was lost is not filled with zeros
+    common.open_log(path, 100).write("new\n")
+    assert path.read_text() == "new\n"
 
 
-def full_disk(path):
-    """A function that writes half a file and then finds the disk full."""
-    def write(*_, **__):
-        path.with_name(path.name + ".tmp").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    return write
+def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
+    log = common.open_log(tmp_path / "log.jsonl", 0)
+    unread = [({"step": i}, {"loss": torch.tensor(x)}) for i, x in enumerate([1.0, math.inf, 2.0])]
+    with pytest.raises(common.Fail, match="step 1: the loss is inf; lower --lr"):
+        common.write_log(log, unread)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
 
 
-def test_images_per_second_are_of_training_alone(tmp_path):
-    args = SimpleNamespace(batch_size=100, save_every=10)
-    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
-    batch = common.Batch(None, None, torch.arange(100), 0)
-    with common.TrainingLog(tmp_path, 0, 1, None, args) as log:
-        time.sleep(0.1)
-        log.add(0, {"loss": torch.tensor(1.0)}, optimizer, [batch])
-        log.pause()
-        time.sleep(0.9)  # held-out images
-        log.held_out(1, 50.0)
-        log.read()
-    assert 250 < log.rate <= 1000  # 100 images in 0.1 s, not in 1 s
-
-
-def test_failed_write_keeps_the_last_good_file(tmp_path, monkeypatch):
-    path = tmp_path / "head.safetensors"
-    common.save_tensors(path, {"a": torch.ones(3)}, {"step": 1})
-    monkeypatch.setattr(common, "save_file", full_disk(path))
-    with pytest.raises(common.Fail, match="No space left"):
-        common.save_tensors(path, {"a": torch.zeros(3)}, {"step": 2})
-    tensors, about = common.load_tensors(path)
-    assert tensors["a"].sum() == 3 and about == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_failed_checkpoint_keeps_the_last_good_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path, monkeypatch):
     def parts():
         torch.manual_seed(0)
         model = torch.nn.Linear(2, 2)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return model, torch.optim.AdamW(model.parameters()), scaler
-    model, *others = parts()
-    checkpoint = common.Checkpoint(tmp_path, model, *others, [9, 4, 7])
-    assert checkpoint.load() == (0, {})  # nothing there yet
-    checkpoint.save(3, {"accuracy": 50.0})
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        model.weight.add_(1)
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()),
+                "scaler": scaler}
+    path, mine = tmp_path / "last.ckpt", parts()
+    assert common.load_checkpoint(path, mine) is None
+    common.save_checkpoint(path, mine, (3, {"accuracy": 50.0}, 7))
+    before = {name: x.clone() for name, x in mine["model"].state_dict().items()}
+
+    def full_disk(_, file):
+        (tmp_path / "last.ckpt.tmp").write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    mine["model"].weight.data.add_(1)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk(checkpoint.path))
-        with pytest.raises(common.Fail, match="No space left"):
-            checkpoint.save(4, {})
-    model.weight.data.fill_(math.nan)
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(common.Fail, match="last.ckpt: could not be written"):
+            common.save_checkpoint(path, mine, (4, {}, 9))
+    mine["model"].weight.data.fill_(math.nan)
     with pytest.raises(common.Fail, match="not finite"):
-        checkpoint.save(5, {})
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-    again, *others = parts()
-    torch.nn.init.zeros_(again.weight)
-    reader = common.Checkpoint(tmp_path, again, *others, [9, 4, 7])
-    assert reader.load() == (3, {"accuracy": 50.0})
-    assert all(torch.equal(again.state_dict()[name], before[name]) for name in before)
+        common.save_checkpoint(path, mine, (5, {}, 9))
+    again = parts()
+    torch.nn.init.zeros_(again["model"].weight)
+    assert common.load_checkpoint(path, again) == (3, {"accuracy": 50.0}, 7)
+    assert all(torch.equal(again["model"].state_dict()[name], before[name]) for name in before)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(common.Fail, match="last.ckpt: cannot be read .*remove it"):
+        common.load_checkpoint(path, again)
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, tree, tiny_vit, monkeypatch):
-    """Flags, trees and checkpoints that are wrong, by the words that the message must hold."""
+def test_resumed_moments_keep_the_layout_of_their_parameters(tmp_path):
+    """Fused AdamW reads moments by the memory layout of the parameter (channels_last)."""
+    def parts():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        return {"model": model, "optimizer": optimizer}
+
+    def step(run, seed):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        run["model"](x).square().sum().backward()
+        run["optimizer"].step()
+        run["optimizer"].zero_grad()
+    whole, again = parts(), parts()
+    for seed in range(2):
+        step(whole, seed)
+    common.save_checkpoint(tmp_path / "last.ckpt", whole, (2, {}, 0))
+    common.load_checkpoint(tmp_path / "last.ckpt", again)
+    for run in (whole, again):
+        step(run, 2)
+    assert torch.equal(whole["model"].weight, again["model"].weight)
+
+
+def test_results_and_logs_are_plain_json(tmp_path, tiny_vit):
+    tree = write_tree(tmp_path / "tree", train=6, test=3)
+    (tree / "shifts" / "dark").rename(tree / "dark")
+    (tree / "shifts").rmdir()  # without a shift OOD is no number, and JSON has no NaN
+    printed("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps",
+            22, "--batch-size", 4, "--lam", 0, "--workers", 0, "--out", tmp_path / "r")
+    text = (tmp_path / "r" / "results.json").read_text()
+    results = json.loads(text, parse_constant=pytest.fail)
+    assert results["args"]["method"] == "lipsum_ft"
+    assert [r["name"] for r in results["rows"]] == ["zero-shot", "fine-tuned"]
+    row = results["rows"][1]
+    assert row["id"] == row["tests"]["test"]["acc"] and row["ood"] is None
+    lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    steps = [x for x in lines if "loss" in x]
+    assert [x["step"] for x in steps] == list(range(22))  # also those after the last 20
+    assert all({"step", "lr", "loss", "ce"} == line.keys() for line in steps)
+    rates = [common.learning_rate(step, 22, 1e-5, 0.1) for step in range(22)]
+    assert [x["lr"] for x in steps] == pytest.approx(rates)
+    held_out = [x["step"] for x in lines if "held_out_acc" in x]
+    assert held_out == [4, 8, 12, 15, 19, 22]  # 15 images an epoch, 4 a step
+
+
+def test_run_folders_are_numbered_and_nothing_is_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(resume="", finetuned="", out="", method="vrf", data="shapes", seed=3)
+    assert [common.run_folder(args).name for _ in range(3)] == [
+        "vrf-shapes-s3", "vrf-shapes-s3-2", "vrf-shapes-s3-3"]
+    args.finetuned = "runs/wise_ft-shapes-s0"
+    assert common.run_folder(args).name == "vrf-of-wise_ft-shapes-s0"
+    args.out = "mine"
+    assert common.run_folder(args).name == "mine"
+    assert "mine: is not empty" in complaint("vrf.py", "--out", "mine")
+
+
+def test_saved_files_are_readable_like_any_other(tmp_path):
+    common.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    (tmp_path / "b").write_text("")
+    modes = {(tmp_path / name).stat().st_mode for name in ("a.safetensors", "b")}
+    assert len(modes) == 1
+
+
+def test_mistakes_in_flags_are_one_line_and_leave_nothing(tmp_path, tree, tiny_vit, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("all my work")
-    base = ["--data", "folder", "--model", tiny_vit, "--out", "new"]
-    cases = [
-        (["--data", "cifar11"], ["cifar11", "shapes"]),
-        (["--model", "ViT-B-17"], ["ViT-B-17", "local-dir:", "did you mean ViT-B-1"]),
-        (["--model", "ViT-B-32", "--pretrained", "openia"], ["openia", "laion2b_s34b_b79k"]),
-        (["--model", "ViT-B-16", "--pretrained", "openai"], ["QuickGELU", "ViT-B-16-quickgelu"]),
-        (["--model", "ViT-B-32-quickgelu"],
-         ["ViT-B-32-quickgelu", "could not be loaded", "local-dir"]),
-        (["--model", "local-dir:nowhere"], ["nowhere", "open_clip_config.json"]),
-        (["--data-dir", "nowhere"], ["nowhere", "no such folder"]),
-        (["--steps", 5, "--epochs", 1], ["--steps", "--epochs"]),
-        (["--lr", "-1"], ["--lr", "at least 0"]),
-        (["--batch-size", "0"], ["--batch-size", "at least 1"]),
-        (["--bogus"], ["--bogus"]),
-        (["--tests", "night"], ["night", "dark"]),
-        (["--shots", 99], ["--shots 99", "only"]),
-        (["--out", "taken"], ["taken", "not empty"]),
-        (["--resume", "taken"], ["taken", "not found"]),
-        (["--finetuned", "nowhere"], ["nowhere"]),
-        (["--precision", "fp16"], ["fp16"]),
-        (["--device", "cuda"], ["cuda"]),
-    ]
-    for flags, words in cases:
-        where = [] if "--data-dir" in flags else ["--data-dir", tree]
-        message = complaint("lipsum_ft.py", *base, *where, *flags)
-        assert all(str(w) in message for w in words), (flags, message)
-    assert not (tmp_path / "new").exists()
+    data = ["--data", "folder", "--data-dir", tree]
+    cases = [("--data", "cifar11"), ("--bogus", 1), ("--lra", 1), ("--lr", -1), ("--lr", "nan"),
+             ("--lr", "inf"), ("--lr", "fast"), ("--wd", -0.1), ("--epochs", 0), ("--steps", 0),
+             ("--steps", 1.5), ("--batch-size", 0), ("--accum", 0), ("--warmup", -1),
+             ("--grad-clip", -1), ("--holdout", 1), ("--shots", -1), ("--shots", 99),
+             ("--workers", -2), ("--seed", -1), ("--lam", -1), ("--texts", 0), ("--text-length", 0),
+             ("--augment", "mixup"), ("--freeze", "all"),
+             ("--precision", "int8"), ("--precision", "fp16"), ("--limit", -5),
+             ("--tests", "night"),
+             ("--save-every", -1), ("--keep", "all"), ("--out", "taken"), ("--resume", "taken"),
+             ("--resume", "gone"), ("--finetuned", "gone"), ("--predict", tree),
+             ("--model", "ViT-B-17"), ("--model", "local-dir:nowhere"), ("--data-dir", "nowhere"),
+             ("--model", "hf-hub:nobody/nothing"), ("--pretrained", "openai")]
+    for flag, value in cases:
+        base = [*(data if flag != "--data-dir" else data[:2]), "--out", "new", "--model", tiny_vit]
+        line = complaint("lipsum_ft.py", *base, flag, value)
+        assert flag in line or str(value) in line, (flag, value, line)
+        assert not (tmp_path / "new").exists(), flag
+    for script, flags, words in [
+            ("lipsum_ft.py", [*data, "--steps", 5, "--epochs", 1], "--epochs"),
+            ("lipsum_ft.py", ["--data-dir", tree], "--data"),
+            ("lipsum_ft.py", [*data, "--model", "ViT-B-32", "--pretrained", "openia"], "openia"),
+            ("wise_ft.py", ["--alphas", 0, 1.5], "--alphas"), ("wise_ft.py", ["--alpha", -1],
+                                                              "--alpha"),
+            ("wise_ft.py", ["--alpha", 0.3, "--select"], "--alpha"),
+            ("wise_ft.py", [*data, "--select", "--holdout", 0], "--select"),
+            ("vrf.py", ["--a", 1], "--a"), ("vrf.py", ["--b", -1], "--b"), ("vrf.py", ["--k", -1],
+                                                                           "--k"),
+            ("vrf.py", ["--k", 3, "--k-rule", "code"], "--k"),
+            ("vrf.py", [*data, "--holdout", 0], "--holdout"),
+            *((f"{method.__name__}.py", ["--predict", tree], "--finetuned") for method in METHODS)]:
+        assert words in complaint(script, *flags, "--out", "new2"), flags
+    assert not (tmp_path / "new2").exists()
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "all my work"
-
-
-def test_wrong_trees_are_named(tree):
-    """Each change to a good tree is found and named; the change is taken back afterwards."""
-    def load():
-        return common.load_data(args_of(lipsum_ft, "--data", "folder", "--data-dir", tree))
-
-    def complaint():
-        with pytest.raises(common.Fail) as error:
-            load()
-        return str(error.value)
-    load()
-    (tree / "train" / "empty").mkdir()
-    assert str(tree / "train" / "empty") in complaint()
-    (tree / "train" / "empty").rmdir()
-    (tree / "shifts" / "dark" / "unknown").mkdir()
-    assert "unknown" in complaint() and "not a class" in complaint()
-    (tree / "shifts" / "dark" / "unknown").rmdir()
-    (tree / "classnames.txt").write_text("red_square Red Square\n")
-    assert "classnames.txt" in complaint() and "TAB" in complaint()
-    (tree / "classnames.txt").write_text("red_square\tscarlet tile\n")
-    assert load().classnames == ["blue square", "green square", "scarlet tile"]
-    (tree / "templates.txt").write_text("a photo of a\n")
-    assert "templates.txt" in complaint()
-    for template in ("a {{}} photo", "a photo {x} of {}"):
-        (tree / "templates.txt").write_text(template)
-        assert "templates.txt" in complaint()
-    (tree / "templates.txt").write_bytes("un caf\xe9 {}".encode("latin-1"))
-    assert "not UTF-8" in complaint()
-    (tree / "templates.txt").write_text("\ufeffa sign of a {}.", encoding="utf-8")
-    assert load().templates == ["a sign of a {}."]
-    (tree / "templates.txt").unlink()
-    (tree / "test").rename(tree / "tset")
-    assert str(tree / "test") in complaint()
-
-
-def test_results_and_logs_are_plain_json(tmp_path, tiny_vit):
-    printed("lipsum_ft.py", "--model", tiny_vit, "--steps", 22, "--batch-size", 4, "--limit", 60,
-            "--tests", "test,neon", "--lam", 0, "--out", tmp_path / "r")
-    results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert results["method"] == "lipsum_ft"
-    assert [r["name"] for r in results["rows"]] == ["zero-shot", "fine-tuned"]
-    row = results["rows"][1]
-    assert row["id"] == row["tests"]["test"]["acc"] and row["ood"] == row["tests"]["neon"]["acc"]
-    lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == list(range(22))  # also those after the last 20
-    assert all({"loss", "ce", "lr", "images_per_s"} <= line.keys() for line in lines)
-    rates = [common.learning_rate(step, 22, 6e-4, 0.1) for step in range(22)]
-    assert [x["lr"] for x in lines] == pytest.approx(rates)
+    longer = ["--model", tiny_vit, "--text-length", 99, "--out", "new3"]
+    assert "--text-length" in complaint("lipsum_ft.py", *data, *longer)
