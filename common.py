@@ -613,7 +613,8 @@ def metrics(scores, images):
     """Accuracy, ECE and the set's own metric in percent, mean NLL in nats; image_scores (N, 3)."""
     confidence, predicted, nll = scores.unbind(dim=1)
     if confidence.isnan().any():
-        raise Fail(f"{images.name}: the model's outputs are not numbers; its weights are broken")
+        raise Fail(f"{images.name}: the model's outputs are not numbers; its weights are broken, "
+                   "or --lr was too high")
     correct = predicted == images.labels
     found = {"acc": 100 * correct.double().mean().item(), "nll": nll.mean().item(),
              "ece": 100 * calibration_error(confidence, correct), "n": len(images)}
@@ -973,7 +974,7 @@ def load_finetuned(setup):
     """
     path, head_0, s = Path(setup.args.finetuned), setup.head, setup.scale
     data, weights = setup.data, {} if path.is_dir() else read_weights(path)
-    if (path / "head.safetensors").is_file():
+    if (path / "head.safetensors").is_file() or (path / "args.json").is_file():
         theta_1, classnames, tensors = load_run(path, setup.amp)
         if classnames != data.classnames:
             raise Fail(f"--finetuned {path}: has the classes {classnames[:3]} ...")
@@ -1501,6 +1502,7 @@ class Fail(Exception):
 def cli(main):
     """Run a method's main(); a user's mistake ends in one line."""
     sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
+    warnings.simplefilter("ignore", FutureWarning)    # between torch and open_clip
     try:
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")

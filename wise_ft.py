@@ -112,6 +112,9 @@ def cross_entropy(model, batch):
 class FeatureSet(common.ImageSet):
     """Unit features (N, D) in the place of images."""
 
+    def augmented(self, kind, seed):
+        return self
+
     def pixels(self, i):
         return self.images[i]
 
@@ -125,11 +128,12 @@ def linear_classifier(theta_0, setup, out):
     for name, images in (("train", setup.data.train), ("val", setup.data.val)):
         sets[name] = images
         if len(images):
-            features = common.features_of(theta_0, images, setup).numpy()
-            sets[name] = FeatureSet(images.name, features, images.labels)
+            rows = common.features_of(theta_0, images, setup).numpy()
+            sets[name] = FeatureSet(images.name, rows, images.labels)
     linear = common.ImageClassifier(torch.nn.Identity(), theta_0.head, bias=True)
-    theta_1 = common.train(linear, cross_entropy, replace(setup, data=replace(setup.data, **sets)),
-                           out)
+    features = copy.copy(setup)
+    features.data = replace(setup.data, **sets)
+    theta_1 = common.train(linear, cross_entropy, features, out)
     theta_1.visual, theta_1.amp = theta_0.visual, theta_0.amp
     return theta_1
 

@@ -30,13 +30,17 @@ import common  # noqa: E402
 COLOURS = {"red_square": (220, 30, 30), "green_square": (30, 200, 30), "blue_square": (40, 40, 220)}
 
 
+def save_tensors(path, tensors, about=None):
+    """A .safetensors file, with the JSON that runs keep in it."""
+    tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
+    save_file(tensors, path, {"about": json.dumps(about)})
+
+
 def save_clip(path, config, seed=0):
     """A CLIP with random weights as an open_clip local directory."""
     torch.manual_seed(seed)
     path.mkdir(parents=True)
-    weights = open_clip.CLIP(**config).state_dict()
-    save_file({name: x.contiguous() for name, x in weights.items()},
-              path / "open_clip_model.safetensors")
+    save_tensors(path / "open_clip_model.safetensors", open_clip.CLIP(**config).state_dict())
     common.write_json(path / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": {}})
     return f"local-dir:{path}"
 

@@ -621,7 +621,7 @@ def test_mistakes_in_flags_are_one_line_and_leave_nothing(tmp_path, tree, tiny_v
             ("wise_ft.py", [*data, "--select", "--holdout", 0], "--select"),
             ("vrf.py", ["--a", 1], "--a"), ("vrf.py", ["--b", -1], "--b"), ("vrf.py", ["--k", -1],
                                                                            "--k"),
-            ("vrf.py", ["--k", 3, "--k-rule", "code"], "--k"),
+            ("vrf.py", ["--k", 3, "--k-rule", "paper"], "--k"),
             ("vrf.py", [*data, "--holdout", 0], "--holdout"),
             *((f"{method.__name__}.py", ["--predict", tree], "--finetuned") for method in METHODS)]:
         assert words in complaint(script, *flags, "--out", "new2"), flags
