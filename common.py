@@ -100,7 +100,6 @@ def start(args, data):
     amp = tower_precision(args)
     check_steps(args, data)
     clip_model, tokenizer = load_clip(args)
-    check_texts(data, tokenizer, clip_model.context_length)
     describe(args, data)
     check_same(args, data, amp)
     preprocess = PreprocessCfg(**clip_model.visual.preprocess_cfg)
@@ -153,7 +152,9 @@ def zero_shot_head(clip_model, tokenizer, classnames, templates):
     Source: wise-ft src/models/zeroshot.py, which is open_clip's. templates: strings with one {},
     or functions of the name.
     """
-    device = clip_model.logit_scale.device
+    device, context = clip_model.logit_scale.device, clip_model.context_length
+    longest = max((t if isinstance(t, str) else t("{}") for t in templates), key=len)
+    tokenize([longest.format(name) for name in classnames], tokenizer, context)
     return open_clip.build_zero_shot_classifier(clip_model, tokenizer, classnames, templates,
                                                 device=device).T
 
@@ -299,12 +300,12 @@ class Data:
     tests: dict           # name -> ImageSet; the first is the ID test, all others are shifts
     descriptions: list = None  # (key, value) pairs of a descriptions.json
     aliases: list = None       # a second name of each class, for them
-    texts: list = None         # a list for each class, of a method that makes its own heads
+    texts: list = None         # further texts of a method, which --resume must find again
 
     def counts(self):
-        """{class: training images}"""
+        """[(class, training images), ...]"""
         counts = self.train.labels.bincount(minlength=len(self.classnames)).tolist()
-        return dict(zip(self.classnames, counts))
+        return list(zip(self.classnames, counts))
 
 
 def load_data(args):
@@ -315,7 +316,7 @@ def load_data(args):
         most = min(args.shots, 4) or None
         data.train, data.val = hold_out(data.train, args.holdout, most)
     if args.shots:
-        for name, n in data.counts().items():
+        for name, n in data.counts():
             if n < args.shots:
                 raise Fail(f"--shots {args.shots}: '{name}' has {n} training images beside those "
                            f"held out, {len(data.val)} in all")
@@ -512,6 +513,7 @@ def train(model, loss_fn, setup, out=None, predict=classify, frozen=()):
                 losses = optimizer_step(runner, loss_fn, parts, optimizer, scaler, args.grad_clip)
                 unread.append(({"step": step, "lr": group["lr"]}, losses))
                 bar.update()
+    plot_training(out)
     if best:
         model.load_state_dict(best["model"])
     return share_buffers(model.eval())
@@ -610,14 +612,19 @@ def choose(accuracy, weight):
 # ---- Metrics ----
 
 def metrics(scores, images):
-    """Accuracy, ECE and the set's own metric in percent, mean NLL in nats; image_scores (N, 3)."""
+    """Accuracies, ECE and the set's own metric in percent, mean NLL in nats.
+
+    scores: image_scores (N, 3). class_acc: by label, NaN without images.
+    """
     confidence, predicted, nll = scores.unbind(dim=1)
     if confidence.isnan().any():
         raise Fail(f"{images.name}: the model's outputs are not numbers; its weights are broken, "
                    "or --lr was too high")
     correct = predicted == images.labels
+    of_classes = images.labels.bincount(100 * correct.double()) / images.labels.bincount()
     found = {"acc": 100 * correct.double().mean().item(), "nll": nll.mean().item(),
-             "ece": 100 * calibration_error(confidence, correct), "n": len(images)}
+             "ece": 100 * calibration_error(confidence, correct), "n": len(images),
+             "class_acc": of_classes.round(decimals=2).tolist()}
     if images.metric == "macro_f1":
         found["macro_f1"] = 100 * macro_f1(predicted, images.labels)
     if images.groups.max() >= 0:
@@ -1095,8 +1102,10 @@ def finish(setup, results, lines=None, marked=None, **more):
         return
     rows = [{"name": row, "id": points[row][0], "ood": points[row][1], "tests": tests}
             for row, tests in results.items()]
-    write_json(out / "results.json",
-               {"args": vars(setup.args), "measure": setup.measure, "rows": rows, **more})
+    versions = {"python": sys.version, "torch": torch.__version__,
+                "open_clip": open_clip.__version__}
+    write_json(out / "results.json", {"args": vars(setup.args), "measure": setup.measure,
+                                      "versions": versions, "rows": rows, **more})
     marks = {row: points[row] for row in marked or points}
     plot_plane(marks, lines or {}, setup.measure, out / "plane.png")
     say(f"saved to {out}")
@@ -1117,7 +1126,9 @@ def print_table(results, measure):
 
 
 def pyplot():
-    """matplotlib.pyplot, or None with a hint."""
+    """matplotlib.pyplot on rank 0; None elsewhere, and without matplotlib."""
+    if RANK > 0:
+        return None
     try:
         import matplotlib
     except ImportError:
@@ -1127,10 +1138,26 @@ def pyplot():
     return pyplot
 
 
+def plot_training(out):
+    """Loss and held-out accuracy against steps, of log.jsonl."""
+    plt = pyplot()
+    if plt is None:
+        return
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    sides = (ax, "loss", "C0-"), (ax.twinx(), "held_out_acc", "C1o-")
+    for axis, key, style in sides:
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        axis.plot(*np.array(points).reshape(-1, 2).T, style, markersize=4, linewidth=1)
+        axis.set(xlabel="step", ylabel=key)
+    figure.savefig(out / "training.png", dpi=150)
+    plt.close(figure)
+
+
 def plot_plane(points, lines, measure, path):
     """ID against OOD: {row: (ID, OOD)} as markers, {label: {text: (ID, OOD)}} as lines.
 
-    The points of a line have their texts above them where there is room.
+    The points of a line have their texts beside them where there is room.
     """
     plt = pyplot()
     if plt is None:
@@ -1138,17 +1165,19 @@ def plot_plane(points, lines, measure, path):
     figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for (label, point), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
         ax.plot(*point, marker, markersize=10, label=label, zorder=3)
+    texts = []  # of the points of lines
     for label, line in lines.items():
-        ax.plot(*zip(*line.values()), "-o", markersize=4, label=label)
+        drawn, = ax.plot(*zip(*line.values()), "-o", markersize=4, label=label)
+        texts += [(text, point, drawn.get_color()) for text, point in line.items()]
     ax.set(xlabel=f"{next(iter(measure))} (ID), %", ylabel="mean of the shifts (OOD), %")
     ax.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
     figure.draw_without_rendering()  # only now it is known where a point is on the page
     taken = list(ax.transData.transform(list(points.values())))
-    for text, point in (item for line in lines.values() for item in line.items()):
+    for text, point, colour in texts:
         here = ax.transData.transform(point)
-        if all(math.dist(here, other) > 25 for other in taken):
-            ax.annotate(text, point, (0, 5), textcoords="offset points", fontsize=7, ha="center")
+        if all(math.dist(here, other) > 20 for other in taken):
+            ax.annotate(text, point, (4, 3), textcoords="offset points", fontsize=7, color=colour)
             taken.append(here)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -1678,15 +1707,6 @@ def run_flags(folder):
     return flags
 
 
-def check_texts(data, tokenizer, context):
-    """Fail on a text that is longer than the context."""
-    texts = data.texts
-    if texts is None:
-        longest = max((t if isinstance(t, str) else t("{}") for t in data.templates), key=len)
-        texts = [[longest.format(name)] for name in data.classnames]
-    tokenize(sum(texts, []), tokenizer, context)
-
-
 def check_same(args, data, amp):
     """What a resumed run must find as it was; the run of --finetuned should have held out the
     images that are held out now."""
@@ -1712,8 +1732,8 @@ def check_same(args, data, amp):
 def describe(args, data):
     """Say which images, classes and flags a run has."""
     sizes = {images.name: len(images) for images in (data.train, data.val, *data.tests.values())}
-    say(f"images: {sizes}\n{len(data.classnames)} classes, training images: "
-        f"{str(data.counts())[:1000]}\n{vars(args)}")
+    classes = ", ".join(f"{name} {n}" for name, n in data.counts())
+    say(f"images: {sizes}\n{len(data.classnames)} classes: {classes[:1000]}\n{vars(args)}")
 
 
 # --data: function(data_dir, args) -> Data

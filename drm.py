@@ -258,10 +258,10 @@ def make_loss(lam, features_0, labels, w_cd_0, s_0, targets="paper", tau=1.0, er
         else:
             risk = F.cross_entropy(s * f @ w_df.T, rows)
         if lam == 0:
-            return risk, {"erm": risk}
+            return risk, {"erm": risk, "s": s}
         worst = worst_case_risk(s * f @ w_cd.T, estimate(batch))      # R_c(cd)
         loss = risk + lam * worst                                     # Eq. (7)
-        return loss, {"erm": risk, "wrm": worst}
+        return loss, {"erm": risk, "wrm": worst, "s": s}
     return loss_fn
 
 
