@@ -10,6 +10,8 @@ What of Parts 2 to 4 enters a number, beside which images, labels and flags a ru
     load_clip          QuickGELU as the weights were trained with
     load_finetuned     a foreign CLIP's head is made by its own text tower, with its own s
     id_ood             OOD is the mean over the shifts, each in its own metric
+All scores are computed in float64 (image_scores); a probability of a mixture that underflows is
+taken for the smallest positive double (log_probabilities).
 
 No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
 and drm.py. Symbols in all files: F image tower, s = exp(logit_scale), W (C, D) text head,
@@ -219,8 +221,8 @@ class ImageSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, name, images, labels, classes=None, metric="acc", groups=None, border=0):
-        if not len(labels):
-            raise Fail(f"{name}: there are no images")
+        if not len(labels) or len(labels) != len(images):
+            raise Fail(f"{name}: {len(images)} images, {len(labels)} labels")
         if not isinstance(images, np.ndarray):
             # One array of bytes: every worker process would copy a list of a million strings.
             images = np.array([os.fsencode(path) for path in images])
@@ -312,6 +314,10 @@ def load_data(args):
     """--data -> Data, with --limit, --holdout and --shots applied."""
     with as_published(args.data_dir):
         data = DATA[args.data](Path(args.data_dir), args)
+    for images in (data.train, data.val or data.train, *data.tests.values()):
+        space = data.classnames if images.classes is None else images.classes
+        if images.labels.max() >= len(space):
+            raise Fail(f"{images.name}: label {images.labels.max()} of {len(space)} classes")
     if data.val is None:
         most = min(args.shots, 4) or None
         data.train, data.val = hold_out(data.train, args.holdout, most)
@@ -627,7 +633,7 @@ def metrics(scores, images):
              "class_acc": of_classes.round(decimals=2).tolist()}
     if images.metric == "macro_f1":
         found["macro_f1"] = 100 * macro_f1(predicted, images.labels)
-    if images.groups.max() >= 0:
+    if images.metric == "worst_region" or images.groups.max() >= 0:
         found["worst_region"] = 100 * worst_group_accuracy(correct, images.groups)
     return found
 
@@ -642,9 +648,9 @@ def macro_f1(predicted, labels):
 
 
 def worst_group_accuracy(correct, groups):
-    """Worst-group accuracy in [0, 1], WILDS' for FMoW; groups (N,), -1 is none."""
+    """Worst-group accuracy in [0, 1], WILDS' for FMoW; groups (N,), -1 is none; NaN if all are."""
     present = [g for g in groups.unique().tolist() if g >= 0]
-    return min(correct[groups == g].double().mean().item() for g in present)
+    return min((correct[groups == g].double().mean().item() for g in present), default=math.nan)
 
 
 def calibration_error(confidence, correct, bins=15):
@@ -1273,7 +1279,9 @@ def class_tree(name, path, labels, own_space=False, partial=False, **how):
                        f"{', '.join(list(labels)[:3])} ...")
         own = []
         for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name):
-            if not hidden(entry.name) and entry.is_dir():
+            if hidden(entry.name):
+                continue
+            if entry.is_dir():
                 raise Fail(f"{entry.path}: a folder where images are expected")
             (own if is_image(entry) else others).append(os.fsencode(entry.path))
         if not own:
@@ -1317,9 +1325,9 @@ def folder_data(root, args):
         if folder not in names or not name.strip():
             raise Fail(f"classnames.txt: '{line}' is not FOLDER<TAB>NAME with a folder of train/")
         names[folder] = name.strip()
-    twice = [name for name, n in Counter(names.values()).items() if n > 1]
-    if twice or len(names) < len(folders):
-        raise Fail(f"--data-dir {root}: two classes have the name '{(twice or folders)[0]}'")
+    twice = [name for name, n in Counter(names[folder] for folder in folders).items() if n > 1]
+    if twice:
+        raise Fail(f"--data-dir {root}: two classes have the name '{twice[0]}'")
     templates = optional_lines(root / "templates.txt") or ["a photo of a {}."]
     for template in templates:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
@@ -1331,7 +1339,8 @@ def folder_data(root, args):
 
 def optional_lines(path):
     """Lines of a text file that are not blank; none if there is no file."""
-    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    with as_published(path):
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     return [line for line in text.splitlines() if line.strip()]
 
 
@@ -1377,6 +1386,7 @@ def objectnet(name, path):
         if label in names_of_label:
             ids[folder] = [id_of_name[n] for n in names_of_label[label].split("; ")]
     labels = {folder: label for label, folder in enumerate(ids)}
+    say(f"{name}: its label space are the {len(ids)} classes that its mappings join")
     return class_tree(name, path / "images", labels, partial=True, classes=list(ids.values()),
                       border=2)
 
@@ -1478,7 +1488,8 @@ def iwildcam_data(root, args):
     metadata, latin = root / "metadata.csv", read_csv(root / "categories.csv", "y", "name")
     names = latin = {int(y): name.lower() for y, name in latin if y != "99999"}
     if (root / "labels.csv").is_file():
-        names = {int(y): name.lower() for y, name in read_csv(root / "labels.csv", "y", "english")}
+        english = read_csv(root / "labels.csv", "y", "english")
+        names = {int(y): name.lower() for y, name in english if y != "99999"}
     else:
         say(f"class names are Latin: labels.csv of the WiSE-FT code is not in {root}")
     rows = defaultdict(list)

@@ -25,13 +25,13 @@ Deviations (lambda = 1, M = 80 and L = 8 are the defaults of the official code)
        DomainNet's, 10% of CIFAR-10's and of a folder without val/. --holdout 0 trains on all, as
        theirs.
     5. From the code: whole epochs are shuffled, not a buffer of 16 batches; crops are PIL's,
-       antialiased, and come after the flip; they are 8-100% of the image, theirs 10-100%;
-       evaluation uses CLIP's resize and centre crop.
+       antialiased and rounded to 8 bits, and come after the flip; they are 8-100% of the image;
+       theirs are 10-100%, before the flip, in floats. Evaluation uses CLIP's resize and crop.
     6. From the code: NLL is exact; theirs adds 1e-8 to probabilities before the logarithm.
-    7. From both: --data shapes, folder and those marked in RECIPES have recipes of their own.
+    7. Recipes for the data sets that are not in the paper are ours.
 
 Usage
-    python lipsum_ft.py                                       # embedded data: minutes on a CPU
+    python lipsum_ft.py                                       # embedded data: a minute on a CPU
     python lipsum_ft.py --data folder --data-dir MY_IMAGES    # MY_IMAGES/train/CLASS/*.jpg, ...
     python lipsum_ft.py --data imagenet --data-dir ~/data     # the paper's main experiment
 Expected result: README.md, "Results"; ViT-B/16 on ImageNet in the authors' log, one seed, the best

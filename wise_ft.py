@@ -6,42 +6,44 @@ more robust than either end.
 
 Equations
     Step 1  (Section 3)  minimise cross-entropy over theta = [V_enc, W_classifier] (end-to-end),
-            or over W_classifier alone (linear classifier: --freeze encoder)         make_loss
+            or over W_classifier alone (--freeze encoder); the paper's regulariser
+            is AdamW's weight decay                                             cross_entropy
     Step 2, Eq. (1)      wse(x, alpha) = f(x, (1 - alpha) theta_0 + alpha theta_1),
-            all weights and the head                                               interpolate
+            all weights and the head                                              interpolate
 Symbols: theta_0 zero-shot, theta_1 fine-tuned weights; alpha the mixing coefficient, 0.5 when
     nothing is known (Section 4). The head starts as s W, with s = exp(logit_scale) folded in,
     and a trainable bias at 0 (official zeroshot.py, modeling.py).
 
 Deviations
-    1. From the code: --select chooses alpha on held-out training images; the official scripts
-       show all alphas on the test sets and leave the choice to the reader. Without --select,
-       alpha is 0.5.
+    1. From the code: --select saves the alpha of the best accuracy on held-out training images,
+       of equals the one nearest 0.5; with --shots K they are up to min(K, 4) more images a class.
+       The official scripts show all alphas on the test sets and leave the choice to the reader.
     2. From the code: 2% of ImageNet's and DomainNet's training images, 10% of CIFAR-10's and of a
        folder without val/, are held out for that, also without --select; --holdout 0 trains on
        all, as theirs.
-    3. From the code: bf16 or fp16 towers on CUDA; --precision fp32 is theirs.
+    3. From the code: bf16 or fp16 towers on CUDA. With --precision fp32, TF32 is off; their torch
+       1.7.1 had it on by default on Ampere cards.
     4. From the code: alpha 0 and 1 are the ends bit for bit, integer buffers are theta_1's; no
        Fisher-weighted merge.
-    5. From the code: batches are always full (epochs end to end), so an epoch's last, smaller
-       batch does not exist.
+    5. From the code: batches are always full (epochs end to end): ceil(epochs n / B) steps for n
+       images, theirs epochs ceil(n / B), the last of an epoch smaller.
     6. From the code: few-shot subsets are seeded and shuffled, without warm-up unless --warmup
        is given; theirs are drawn unseeded and visited in class order, and keep 500 warm-up steps
        where the run has about 320.
     7. From the code: iWildCam and FMoW have one template each, DRM's; theirs have 2 and 16.
-    8. From the paper, with the code: images are cropped to 90-100% of the area in any shape;
-       the paper's D.2 takes a random square.
+    8. From the paper, with the code: images are cropped to 90-100% of the area, 3:4 to 4:3 in
+       shape; the paper's D.2 takes a random square.
     9. --freeze encoder: the rate of 0.1 and, on the papers' sets, the batch of 512 are VRF's
-       (App. C.1); the paper searches 64 settings of rate and batch (D.3). Its features are
-       computed once, so images are not augmented.
-   10. CIFAR-10, iWildCam and FMoW use the paper's default (D.2). --data shapes, folder and the
-       sets marked in RECIPES have recipes of their own.
+       (App. C.1); the paper searches 64 settings of rate, batch and coefficient for each of four
+       regularisers (D.3). Features are computed once, without augmentation, as in the code.
+   10. CIFAR-10, iWildCam and FMoW use the paper's default (D.2). Recipes for shapes, folder and
+       DomainNet are ours.
    11. Absent: ImageNet-Vid-Robust and YTBB-Robust, Fisher and other merges, LP-FT.
 
 Usage
-    python wise_ft.py                                        # embedded data: minutes on a CPU
+    python wise_ft.py                                        # embedded data: a minute on a CPU
     python wise_ft.py --data imagenet --data-dir ~/data      # the paper's main experiment
-    python wise_ft.py --finetuned runs/lipsum_ft-shapes-s0   # towards any finished run
+    python wise_ft.py --finetuned runs/lipsum_ft-shapes-s0   # towards a finished run
     python wise_ft.py --finetuned MINE.pt --data folder --data-dir MY_IMAGES   # or state dict
     python wise_ft.py --data imagenet --shots 16 --lr 1e-5   # few-shot, with the paper's rate
 Expected result: README.md, "Results"; the paper's ViT-B/16 on ImageNet / mean of five shifts at
