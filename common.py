@@ -766,13 +766,20 @@ def image_loader(images, batches, workers, collate=None):
         allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
         workers = max(1, len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=max(0, workers),
-                                       pin_memory=CUDA, collate_fn=collate)
+                                       pin_memory=CUDA, collate_fn=collate,
+                                       worker_init_fn=own_group)
+
+
+def own_group(_):
+    """Signals to a terminal's or torchrun's processes reach the main one, which saves first."""
+    os.setpgrp()
 
 
 @contextmanager
 def stop_signals():
     """A list that SIGTERM, SIGHUP and Ctrl-C fill, instead of ending the process."""
     came, signals = [], (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # under nohup
 
     def note(number, _):
         came.append(number)
@@ -958,6 +965,11 @@ def take(model, weights, source):
     return model
 
 
+def is_run(path):
+    """Whether a path is a run's folder, or one of its models'."""
+    return (path / "head.safetensors").is_file() or (path / "args.json").is_file()
+
+
 def load_run(folder, amp):
     """(ImageClassifier, class names, tensors of head.safetensors) of a finished run's folder."""
     if not (folder / "head.safetensors").is_file():
@@ -987,7 +999,7 @@ def load_finetuned(setup):
     """
     path, head_0, s = Path(setup.args.finetuned), setup.head, setup.scale
     data, weights = setup.data, {} if path.is_dir() else read_weights(path)
-    if (path / "head.safetensors").is_file() or (path / "args.json").is_file():
+    if is_run(path):
         theta_1, classnames, tensors = load_run(path, setup.amp)
         if classnames != data.classnames:
             raise Fail(f"--finetuned {path}: has the classes {classnames[:3]} ...")
@@ -1584,14 +1596,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    within = {}  # flag -> lowest and highest number
-
-    def add(self, name, default, help, group=None, within=(0, 1e9), **how):
-        """A flag of its default's type."""
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else \
-            {"type": type(default)}
-        (group or self).add_argument(name, default=default, help=help, **(how or kind))
-        self.within[name] = within
+    def add(self, name, default, help, group=None, within=None, **how):
+        """A flag of its default's type; within: the lowest and the highest number."""
+        key, kind = name[2:].replace("-", "_"), type(default)
+        if not how:
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        (group or self).add_argument(name, default=argparse.SUPPRESS, help=help, **how)
+        self.defaults[key] = default
+        if within or kind in (int, float):
+            self.within[key] = within or (0, 1e9)
 
     def error(self, message):
         raise Fail(f"{message} (see --help)")
@@ -1600,10 +1613,10 @@ class Parser(argparse.ArgumentParser):
 def parser(doc):
     """The flags that all methods share. What is None here comes from RECIPES[--data]."""
     p = Parser(description=doc, allow_abbrev=False, formatter_class=Help, add_help=False)
-    length = p.add_mutually_exclusive_group()
+    p.defaults, p.within, length = {}, {}, p.add_mutually_exclusive_group()
     p.add("--help", False, "show this, with the values of --data's recipe", action="store_true")
     p.add("--data", "shapes", "data set", choices=DATA)
-    p.add("--data-dir", "~/data", "folder that holds the data set", type=absolute)
+    p.add("--data-dir", absolute("~/data"), "folder that holds the data set", type=absolute)
     p.add("--model", "ViT-B-16-quickgelu",
           "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
     p.add("--pretrained", "", "open_clip tag, or weights file, of a named model; '' is openai")
@@ -1659,9 +1672,7 @@ def parse(p, method, recipes, inherited=(), variant=None):
     recipes: {--data: {flag: value}}; inherited: flags of the method that --finetuned brings from
     its run, and that may be given; variant: a flag whose values may have recipes too.
     """
-    defaults = vars(p.parse_args([]))
-    given = vars(p.parse_args(None, argparse.Namespace(**dict.fromkeys(defaults))))
-    given = {key: value for key, value in given.items() if value is not None} | {"method": method}
+    given, defaults = vars(p.parse_args()) | {"method": method}, p.defaults
     run, fixed = {}, set()
     if "resume" in given:
         run = run_flags(Path(given["resume"]))
@@ -1696,12 +1707,10 @@ def parse(p, method, recipes, inherited=(), variant=None):
     wrong = sorted(recipe.keys() - defaults.keys()) or [k for k, v in args.items() if v is None]
     if wrong not in (["epochs"], ["steps"]):
         raise Fail(f"{method}.py, --data {data}: no flag, or no value: {', '.join(wrong)}")
-    for key, value in args.items():
-        low, high = p.within.get(flag(key), (0, 1e9))
-        for number in value if isinstance(value, list) else [value]:
-            numeric = isinstance(number, (int, float))
-            if numeric and not low <= number <= high or \
-                    not numeric and isinstance(defaults.get(key), (int, float)):
+    for key, (low, high) in p.within.items():
+        for number in args[key] if isinstance(args[key], list) else [args[key]]:
+            if number is not None and not (isinstance(number, (int, float))
+                                           and low <= number <= high):
                 raise Fail(f"{flag(key)} {number}: not a number from {low:g} to {high:g}")
     return argparse.Namespace(**args)
 

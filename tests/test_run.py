@@ -172,7 +172,7 @@ def test_a_stop_signal_saves_and_tells_how_to_go_on(tmp_path, tiny_vit, number):
     """Ctrl-C reaches the workers too."""
     tree = write_tree(tmp_path / "tree", train=8, test=2)
     flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--batch-size", 4,
-             "--steps", 150, "--no-baseline"]
+             "--steps", 100, "--no-baseline"]
     begun = command("lipsum_ft.py", *flags, "--workers", 1, "--out", tmp_path / "r")
     process = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env=ENV, start_new_session=True)
@@ -186,11 +186,24 @@ def test_a_stop_signal_saves_and_tells_how_to_go_on(tmp_path, tiny_vit, number):
     assert last.startswith("error: ") and f"--resume {tmp_path / 'r'}" in last, stderr
     assert "Traceback" not in stderr and process.returncode == 2
     saved = torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["next"][0]
-    assert 0 < saved == len(losses_of(tmp_path / "r")) < 150
+    assert 0 < saved == len(losses_of(tmp_path / "r")) < 100
     printed("lipsum_ft.py", "--resume", tmp_path / "r", "--workers", 0)
     printed("lipsum_ft.py", *flags, "--workers", 0, "--out", tmp_path / "whole")
     same_weights(tmp_path / "whole", tmp_path / "r")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "r")
+
+
+def test_nohup_is_respected(tmp_path, tiny_vit):
+    tree = write_tree(tmp_path / "tree", train=8, test=2)
+    begun = command("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit,
+                    "--steps", 100, "--batch-size", 4, "--workers", 0, "--out", tmp_path / "r")
+    process = subprocess.Popen(["nohup", *begun], stdout=subprocess.DEVNULL, env=ENV,
+                               stderr=subprocess.DEVNULL)
+    while not (tmp_path / "r" / "log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0 and len(losses_of(tmp_path / "r")) == 100
 
 
 def test_ranks_stop_together_and_go_on(tmp_path, tiny_vit):
