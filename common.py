@@ -705,8 +705,9 @@ def tower_precision(args):
         torch.cuda.set_device(DEVICE)
     name = args.precision
     if name == "auto":
-        able = "bf16" if CUDA and torch.cuda.is_bf16_supported(False) else "fp16"  # not emulated
-        name = able if CUDA else "fp32"
+        name = "fp32"
+        if CUDA:  # False: not emulated
+            name = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if name == "fp16" and not CUDA:
         raise Fail("--precision fp16: needs a GPU; use bf16 or fp32")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
@@ -935,9 +936,8 @@ def read_weights(path):
     """
     path.stat()  # the system's sentence on a missing file
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_file(path) if path.suffix == ".safetensors" else \
+            torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model_state_dict", "model"):
             found = found.get(key, found)
         for prefix in ("module.", "_orig_mod.", "module.", "model."):

@@ -62,7 +62,6 @@ Expected result: README.md, "Results"; the authors' ViT-B/16 checkpoints (not ru
     OOD; FMoW .6857 ID / .4566 worst region OOD.
 """
 import copy
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,21 +308,18 @@ def descriptions(pairs, classnames, aliases, source):
     that are left at equal places are joined, and said, at most a tenth; then a class without a
     key takes the text of another of its name.
     """
-    keys, C, of_class = [common.plain(key) for key, _ in pairs], len(classnames), {}
-    matches, classes = [], defaultdict(set)  # classes: name in any case -> of which classes
-    for c in range(C):
-        for name in (classnames[c], aliases[c]):
-            classes[name.casefold()].add(c)
-    for k, key in enumerate(keys):
-        for c in classes[key.casefold()]:
-            exact = (key == classnames[c], key == aliases[c], key.casefold() ==
-                     classnames[c].casefold(), True).index(True)
-            matches.append((exact, k != c, k, c))
+    keys, C, of_class, matches = [common.plain(key) for key, _ in pairs], len(classnames), {}, []
+    for any_case in (False, True):
+        for ours in (classnames, aliases):
+            for c, name in enumerate(ours):
+                same = [k for k, key in enumerate(keys) if key == name or
+                        any_case and key.casefold() == name.casefold()]
+                matches += [(any_case, ours is aliases, k != c, k, c) for k in same]
     if not matches and sorted(keys) == sorted(map(str, range(C))):
-        matches = [(0, False, k, int(key)) for k, key in enumerate(keys)]
+        matches = [(k, int(key)) for k, key in enumerate(keys)]
         common.say(f"{source}: keys are indices: 0 {classnames[0]}, ...")
     free = set(range(len(keys)))
-    for _, _, k, c in sorted(matches):  # the best first
+    for *_, k, c in sorted(matches):  # the best first
         if k in free and c not in of_class:
             of_class[c] = k
             free.remove(k)

@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import complaint, printed, write_tree
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision import transforms
@@ -19,6 +18,7 @@ import drm
 import lipsum_ft
 import vrf
 import wise_ft
+from tests.conftest import complaint, printed, write_tree
 
 METHODS = [wise_ft, lipsum_ft, vrf, drm]
 
