@@ -126,7 +126,8 @@ def encode_texts(clip_model, tokens):
     if tokens.shape[1] > context or (tokens.shape[1] < context and not causal):
         raise ValueError(f"{tokens.shape[1]} tokens for a text tower of {context} positions")
     if not causal:
-        return F.normalize(clip_model.encode_text(tokens.to(device)).float(), dim=-1)
+        tokens = tokens.to(device, non_blocking=True)
+        return F.normalize(clip_model.encode_text(tokens).float(), dim=-1)
     end = tokens.argmax(dim=1)                                              # (m,) of EOT
     n = int(end.max()) + 1
     tokens, end = tokens[:, :n].to(device, non_blocking=True), end.to(device, non_blocking=True)
@@ -833,7 +834,8 @@ def save_checkpoint(path, parts, next_):
         try:
             torch.save({**state, "next": next_}, f"{path}.tmp")
         except (OSError, RuntimeError) as error:
-            raise Fail(f"{path}: could not be written ({first_line(error)})") from None
+            raise Fail(f"{path}: could not be written ({first_line(error)}); is the disk full? The "
+                       "one before is kept") from None
         os.replace(f"{path}.tmp", path)
 
 

@@ -182,7 +182,8 @@ def text_head(clip_model, texts, classes):
     order = tokens.argmax(dim=1).argsort(stable=True)
     parts = tokens[order].split(256)
     features = torch.cat([common.encode_texts(clip_model, part) for part in parts])  # (P, D)
-    rows = torch.searchsorted(classes, owner[order]).to(features.device)             # (P,)
+    rows = torch.searchsorted(classes, owner[order])                                 # (P,)
+    rows = rows.to(features.device, non_blocking=True)
     total = features.new_zeros(len(classes), features.shape[1]).index_add(0, rows, features)
     return F.normalize(total, dim=1)
 
