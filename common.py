@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -520,7 +521,6 @@ def train(model, loss_fn, setup, out=None, predict=classify, frozen=()):
                 losses = optimizer_step(runner, loss_fn, parts, optimizer, scaler, args.grad_clip)
                 unread.append(({"step": step, "lr": group["lr"]}, losses))
                 bar.update()
-    plot_training(out)
     if best:
         model.load_state_dict(best["model"])
     return share_buffers(model.eval())
@@ -556,8 +556,11 @@ def collect(function, images, setup):
         x = images.normalized(pixels.to(DEVICE, non_blocking=True))
         result = function(x, labels.to(DEVICE, non_blocking=True))
         found.append((int(index[0]), {name: value.cpu() for name, value in result.items()}))
-    found = sorted(gathered(found), key=lambda item: item[0])
-    return {name: torch.cat([result[name] for _, result in found]) for name in found[0][1]}
+    columns = defaultdict(list)
+    for _, result in sorted(gathered(found), key=operator.itemgetter(0)):
+        for name, value in result.items():
+            columns[name].append(value)
+    return {name: torch.cat(values) for name, values in columns.items()}
 
 
 def evaluate(rows, setup, sets=None):
@@ -721,7 +724,7 @@ def gathered(mine):
         return mine
     lists = [None] * WORLD
     dist.all_gather_object(lists, mine)
-    return [item for items in lists for item in items]
+    return sum(lists, [])
 
 
 def trainable(model, args, frozen):
@@ -922,6 +925,8 @@ def save_run(setup, model, out=None, head=None, text=None):
     own = {name: value for name, value in model.state_dict().items() if name in HEAD}
     save_tensors(out / "head.safetensors", {**own, **(head or {})},
                  classnames=setup.data.classnames)
+    if (out / "log.jsonl").is_file():
+        plot_training(out)
 
 
 HEAD = {"head", "bias", "scale"}  # of an ImageClassifier
@@ -1146,9 +1151,7 @@ def print_table(results, measure):
 
 
 def pyplot():
-    """matplotlib.pyplot on rank 0; None elsewhere, and without matplotlib."""
-    if RANK > 0:
-        return None
+    """matplotlib.pyplot, or None with a hint."""
     try:
         import matplotlib
     except ImportError:
@@ -1339,9 +1342,9 @@ def folder_data(root, args):
         if folder not in names or not name.strip():
             raise Fail(f"classnames.txt: '{line}' is not FOLDER<TAB>NAME with a folder of train/")
         names[folder] = name.strip()
-    twice = [name for name, n in Counter(names[folder] for folder in folders).items() if n > 1]
-    if twice:
-        raise Fail(f"--data-dir {root}: two classes have the name '{twice[0]}'")
+    (name, n), = Counter([names[folder] for folder in folders]).most_common(1)
+    if n > 1:
+        raise Fail(f"--data-dir {root}: {n} classes have the name '{name}'")
     templates = optional_lines(root / "templates.txt") or ["a photo of a {}."]
     for template in templates:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
@@ -1480,7 +1483,7 @@ def stl10(name, folder, names):
 def read_csv(path, *columns):
     """[(value, ...)] of the named columns of every row."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as f, as_published(path):
-        return [tuple(row[column] for column in columns) for row in csv.DictReader(f)]
+        return [operator.itemgetter(*columns)(row) for row in csv.DictReader(f)]
 
 
 def wilds_split(name, metadata, rows, **how):

@@ -52,6 +52,7 @@ Expected result: README.md, "Results"; the paper's Table 2 for ViT-B/16 on Image
     chosen on ID), OSE 82.2/60.2 (--no-calibrate), VRF 82.3/61.8.
 """
 import copy
+import sys
 from pathlib import Path
 
 import torch
@@ -189,6 +190,8 @@ def failures_of(zero_shot, fine_tuned, setup):
 def distance_to(bank, k, kind):
     """v (B, D) -> d (B,) to a bank (N, D), float64; NaN if it is empty."""
     bank = bank.to(common.DEVICE)
+    if not len(bank):
+        print("warning: V is empty, so VRF is OSE", file=sys.stderr)
 
     def distance(v):
         if not len(bank):
@@ -343,8 +346,8 @@ def main():
     def score(weight):
         return accuracy(mix(zs, ft, weight), images.labels)
     alpha = ALPHAS[common.choose([score(alpha) for alpha in ALPHAS], ALPHAS)]
-    wse = common.evaluate(wse_rows(zero_shot, fine_tuned), setup, {"it": images}).values()
-    alpha_wse = ALPHAS[common.choose([tests["it"]["acc"] for tests in wse], ALPHAS)]
+    wse = common.evaluate(wse_rows(zero_shot, fine_tuned), setup, {"val": images}).values()
+    alpha_wse = ALPHAS[common.choose([tests["val"]["acc"] for tests in wse], ALPHAS)]
     grid = [(args.a, args.b)] if args.a or not len(bank) else weight_grid(d)
     weights = [omega(d, a, b, alpha) for a, b in grid]
     best = common.choose([score(w) for w in weights], [w.mean().item() for w in weights])
@@ -355,14 +358,15 @@ def main():
 
     # Step 3: the ensembles on the test sets
     every = common.evaluate(table_rows(zero_shot, fine_tuned, distance, mix, alpha, grid), setup)
-    d, class_zs, class_ft = (torch.cat(list(every.pop(row).values()))
-                             for row in ("d", "class zs", "class ft"))
+    d = torch.cat(list(every.pop("d").values()))
+    class_zs = torch.cat(list(every.pop("class zs").values()))
+    class_ft = torch.cat(list(every.pop("class ft").values()))
     results = {"zero-shot": every["zero-shot"], "fine-tuned": every["fine-tuned"],
                "OSE": every[f"OSE {alpha:g}"], "WSE": every[f"WSE {alpha_wse:g}"],
                "VRF": every[f"VRF {best}"]}
     points = common.plane(every, setup.measure)
-    curves = {kind: {f"{alpha:g}": points[f"{kind} {alpha:g}"] for alpha in ALPHAS}
-              for kind in ("OSE", "WSE")}
+    curves = {"OSE": {f"{alpha:g}": points[f"OSE {alpha:g}"] for alpha in ALPHAS},
+              "WSE": {f"{alpha:g}": points[f"WSE {alpha:g}"] for alpha in ALPHAS}}
     if common.RANK == 0:
         labels = torch.cat([test.labels for test in data.tests.values()])
         plot_ratio(d, class_zs == labels, class_ft == labels, state, setup.out / "ratio.png")

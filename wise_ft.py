@@ -90,11 +90,11 @@ def interpolate(theta_0, theta_1, alpha):
     alpha 0 and 1 return the ends bit for bit (0 * -inf in a masked buffer would be NaN); integer
     buffers, such as BatchNorm's counters, are theta_1's. ValueError names entries that differ.
     """
-    shapes_0, shapes_1 = ({name: value.shape for name, value in theta.items()}
-                          for theta in (theta_0, theta_1))
+    shapes_0 = {name: value.shape for name, value in theta_0.items()}
+    shapes_1 = {name: value.shape for name, value in theta_1.items()}
     if shapes_0 != shapes_1:
-        differ = sorted(dict(shapes_0.items() ^ shapes_1.items()))
-        raise ValueError(f"weights that differ in name or shape: {differ}")
+        differ = dict(shapes_0.items() ^ shapes_1.items())
+        raise ValueError(f"weights that differ in name or shape: {sorted(differ)}")
     if alpha in (0, 1):
         return dict(theta_1 if alpha else theta_0)
     theta = dict(theta_1)

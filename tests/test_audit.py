@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 METHODS = ["wise_ft", "lipsum_ft", "vrf", "drm"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-STANDARD = {"collections", "copy", "dataclasses", "pathlib", "typing"}
+STANDARD = {"copy", "dataclasses", "pathlib", "sys", "typing"}
 
 
 def equation_map():

@@ -1,5 +1,6 @@
 """What the README shows is run: its examples, its lines for inference, and its results table."""
 import contextlib
+import importlib
 import io
 import re
 import subprocess
@@ -7,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, write_tree
+
+from tests.conftest import ROOT, run, write_tree
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -39,6 +41,16 @@ def test_there_is_an_example_for_every_method():
     assert all(f"from {name} import" in text for name in ("wise_ft", "lipsum_ft", "vrf", "drm"))
 
 
+def test_the_papers_commands_are_understood(monkeypatch):
+    found = re.findall(r"(wise_ft|lipsum_ft|vrf|drm)\.py ([^`#\n]*--data [^`#(\n]*)", README)
+    assert len(found) >= 15
+    for method, flags in found:
+        words = re.sub(r"\$\w+|\b[AB]\b", "1", flags).split()
+        if "NAME" not in flags and "..." not in flags:
+            monkeypatch.setattr("sys.argv", [f"{method}.py", *words])
+            importlib.import_module(method).get_args()
+
+
 def test_six_lines_classify_an_image_as_predict_does(tmp_path, tiny_vit):
     tree = write_tree(tmp_path / "tree", train=8, test=2)
     run("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps", 4,
@@ -52,7 +64,7 @@ def test_six_lines_classify_an_image_as_predict_does(tmp_path, tiny_vit):
     command = [sys.executable, str(ROOT / "wise_ft.py"), "--finetuned", str(tmp_path / "w"),
                "--predict", str(image.parent)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    path, name, probability = lines[0].split("\t")
+    path, name, probability = lines[1].split("\t")
     shown = out.getvalue().split()
     assert path == str(image) and " ".join(shown[:-1]) == name
     assert float(shown[-1]) == pytest.approx(float(probability), abs=1e-4)
