@@ -5,18 +5,21 @@
     Part 3  Data sets                   trees and lists, as they are published
     Part 4  Flags and mistakes          recipes, --resume, --finetuned
 
-What of Parts 2 to 4 enters a number, beside which images, labels and flags a run has:
+Of Parts 2 to 4 these enter a number too, besides the choice of images, labels and flags:
     tower_precision    bf16 (else fp16) towers on CUDA, fp32 elsewhere; TF32 is off with fp32
-    load_clip          QuickGELU as the weights were trained with
+    train_mode         a frozen part stays in eval mode
+    share_buffers      BatchNorm's statistics are rank 0's
+    load_clip          a tag's QuickGELU must be the model's; a weights file cannot tell its own
     load_finetuned     a foreign CLIP's head is made by its own text tower, with its own s
     id_ood             OOD is the mean over the shifts, each in its own metric
+    OF_DATA            what a data set brings to every method's recipe
 All scores are computed in float64 (image_scores); a probability of a mixture that underflows is
-taken for the smallest positive double (log_probabilities).
+taken for the smallest normal double (log_probabilities).
 
 No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
-and drm.py. Symbols in all files: F image tower, s = exp(logit_scale), W (C, D) text head,
-z = s F(x) W^T logits; B batch, C classes, D embedding width. Features are unit-norm fp32; mixed
-precision applies to the towers only, never to a loss.
+and drm.py. Symbols in all files: F(x) unit image feature, s = exp(logit_scale), W (C, D) text head,
+z = s F(x) W^T logits; B batch, C classes, D embedding width. Features are fp32; mixed precision
+applies to the towers only, never to a loss.
 """
 import argparse
 import copy
@@ -66,7 +69,7 @@ READ_EVERY = 20   # steps between two readings of the losses from the device
 
 @dataclass
 class Setup:
-    """What a run starts from. Its order: load_data, start, preview, train, evaluate, finish."""
+    """What a run starts from. A run is: load_data, start, preview, train, evaluate, finish."""
     args: argparse.Namespace
     data: "Data"             # class names, prompts, training, held-out and test images
     clip: nn.Module          # the pre-trained open_clip model, which stays as it is
@@ -117,7 +120,8 @@ def encode_texts(clip_model, tokens):
     """G(t): unit-norm text features (m, D), fp32, of tokens (m, n) on the CPU.
 
     Causal towers are computed up to the longest text's end only, which is exact: their feature is
-    read at EOT, the largest id. Others need the whole context. ValueError on another n.
+    read at EOT, the largest id. Others need the whole context. ValueError if n is more, or less
+    where it may not be.
     """
     device, context = clip_model.logit_scale.device, clip_model.context_length
     tower = getattr(clip_model, "text", clip_model)  # open_clip.CLIP holds the tower's parts itself
@@ -153,12 +157,15 @@ def tokenize(texts, tokenizer, context):
 def zero_shot_head(clip_model, tokenizer, classnames, templates):
     """W (C, D), unit rows: encode a class's templates, normalise each, average, normalise.
 
-    Source: wise-ft src/models/zeroshot.py, which is open_clip's. templates: strings with one {},
-    or functions of the name.
+    Source: open_clip; wise-ft src/models/zeroshot.py is the same times s. templates: strings with
+    one {}, or functions of the name.
     """
     device, context = clip_model.logit_scale.device, clip_model.context_length
-    longest = max((t if isinstance(t, str) else t("{}") for t in templates), key=len)
-    tokenize([longest.format(name) for name in classnames], tokenizer, context)
+    texts = [t if isinstance(t, str) else t("{}") for t in templates]
+    tokens = tokenizer(texts, context_length=context + 1)
+    lengths = (tokens != tokens[:, -1:]).sum(dim=1)  # a short text ends in padding
+    longest = texts[int(lengths.argmax())]
+    tokenize([longest.format(name) for name in classnames], tokenizer, context)  # may refuse
     return open_clip.build_zero_shot_classifier(clip_model, tokenizer, classnames, templates,
                                                 device=device).T
 
@@ -168,7 +175,7 @@ class ImageClassifier(nn.Module):
 
     logits = scale * features @ head.T (+ bias). Two conventions are in use, and under AdamW the
     same learning rate moves their logits about s times differently:
-      unit (Lipsum-FT; DRM's df head as saved): head = W, unit rows at first, s outside, no bias;
+      unit (Lipsum-FT; DRM's df head as saved, tuned s): head = W, s outside, no bias;
       folded (WiSE-FT, VRF): head = s W, scale = 1, a zero-initialised trainable bias.
     """
 
@@ -187,7 +194,7 @@ class ImageClassifier(nn.Module):
         return (logits if self.bias is None else logits + self.bias), features
 
 
-def classify(model, images):
+def logits_of(model, images):
     """Logits (B, C) of an ImageClassifier."""
     return model(images)[0]
 
@@ -195,7 +202,7 @@ def classify(model, images):
 # ---- Images: which, how they are read, their label space ----
 
 def seed_of(*key):
-    """A seed for torch from numbers: a draw depends on what it is for, not on what was before."""
+    """A seed for torch from numbers alone, whatever was drawn before."""
     return int(np.random.default_rng(key).integers(2**63))
 
 
@@ -228,7 +235,7 @@ class ImageSet(torch.utils.data.Dataset):
         if not isinstance(images, np.ndarray):
             # One array of bytes: every worker process would copy a list of a million strings.
             images = np.array([os.fsencode(path) for path in images])
-        if classes is not None:  # a label's first id again leaves its maximum alone
+        if classes is not None:  # padded with a label's first id, which cannot change its maximum
             most = max(map(len, classes))
             classes = torch.tensor([[*ids, *ids[:1] * (most - len(ids))] for ids in classes])
         self.name, self.images, self.metric, self.border = name, images, metric, border
@@ -350,7 +357,8 @@ def sample_classes(images, seed, count):
 
 
 def hold_out(train, share, most=None):
-    """(train, val): every class gives `share` of its images, at most `most`; always the same."""
+    """(train, val): every class gives `share` of its images, never its last and at most `most`;
+    the same whatever the seed."""
     def count(n):
         return min(round(share * n), n - 1, n if most is None else most)
     held = sample_classes(train, 0, count)
@@ -396,7 +404,8 @@ def image_transform(preprocess, augment="none"):
     """PIL image -> uint8 (3, H, W): open_clip's transform but for ToTensor and Normalize.
 
     none: resize, centre crop; crop: RandomResizedCrop of 90-100% of the area, wise-ft's;
-    crop-flip: 8-100%, after a random flip, for Lipsum-FT. ImageSet.normalized() does the rest.
+    crop-flip: 8-100%, after a random flip, for Lipsum-FT. All bicubic, antialiased; crops are 3:4
+    to 4:3 in shape. ImageSet.normalized() does the rest.
     """
     smallest = {"none": 1.0, "crop": 0.9, "crop-flip": 0.08}[augment]
     whole = image_transform_v2(preprocess, augment != "none", {"scale": (smallest, 1.0)})
@@ -468,14 +477,14 @@ def optimizer_step(runner, loss_fn, parts, optimizer, scaler, grad_clip):
     return means
 
 
-def train(model, loss_fn, setup, out=None, predict=classify, frozen=()):
+def train(model, loss_fn, setup, out=None, predict=logits_of, frozen=()):
     """A trained copy of `model` in eval mode; every step is logged to out/log.jsonl.
 
     loss_fn(forward, Batch) -> (loss (), {name: scalar}) is the method; forward is the model's,
     compiled or distributed. predict(model, images) -> logits (B, C) is measured on the held-out
-    images after every epoch; --keep best returns the weights of the best. frozen: prefixes of
-    the parameters that are not trained. Training goes on from out/last.ckpt if that is there, on
-    the same CPU bit for bit.
+    images after every epoch; --keep best returns the weights of the best. frozen: a tuple of
+    prefixes of the parameters that are not trained. Training goes on from out/last.ckpt if that
+    is there, on the same CPU bit for bit.
     """
     args, out = setup.args, out or setup.out
     images = setup.data.train.augmented(args.augment, args.seed)
@@ -494,7 +503,7 @@ def train(model, loss_fn, setup, out=None, predict=classify, frozen=()):
         save_checkpoint(out / "last.ckpt", state, (step, best, log.tell()))
 
     with stop_signals() as stop, progress(first, total, out.name) as bar:
-        for step in range(first, total + 1):  # the last turn has no step
+        for step in range(first, total + 1):  # steps done; the last turn only saves and measures
             ended = step and (step * B % n < B or step == total)  # an epoch, or all
             reads = ended or step % READ_EVERY == 0  # no other step waits for the device
             if reads:
@@ -594,12 +603,12 @@ def preview(rows, setup):
 def each(models):
     """rows() for evaluate(): one row for each {row name: ImageClassifier}."""
     def rows(images, project):
-        return {name: project(classify(model, images)) for name, model in models.items()}
+        return {name: project(logits_of(model, images)) for name, model in models.items()}
     return rows
 
 
 def log_probabilities(p):
-    """log p (B, C) in float64 for evaluate(); an underflow is the smallest positive double."""
+    """log p (B, C) in float64 for evaluate(); an underflow is the smallest normal double."""
     return p.double().clamp(min=torch.finfo(torch.double).tiny).log()
 
 
@@ -1025,7 +1034,7 @@ def load_finetuned(setup):
         head = zero_shot_head(tuned, setup.tokenizer, data.classnames, data.templates)
         scale = tuned.logit_scale.exp().item()
         theta_1 = ImageClassifier(tuned.visual, head, scale, amp=setup.amp)
-        say(f"{path}: a CLIP; the head is made by its own text tower, s = {scale:.4g}")
+        say(f"the head is made by its text tower, s = {scale:.4g}")
     folded = theta_1.bias is not None
     theta_0 = ImageClassifier(setup.clip.visual, s * head_0 if folded else head_0,
                               1.0 if folded else s, folded, setup.amp)
@@ -1042,7 +1051,9 @@ def load_tuned_clip(setup):
         differ = [key for key in ours if ours[key] != theirs[key]]
         if differ:
             raise Fail(f"--finetuned {path}: differs from --model {setup.args.model} in {differ}")
-    return take(copy.deepcopy(setup.clip), read_weights(file), path)
+    tuned = take(copy.deepcopy(setup.clip), read_weights(file), path)
+    say(f"{path}: a CLIP, both towers")
+    return tuned
 
 
 def of_weights(config):
@@ -1100,7 +1111,7 @@ def predict(args, model, classnames, probabilities, columns=()):
 def predict_with_head(args):
     """--predict with the head of the run --finetuned."""
     model, classnames, _ = load_run(Path(args.finetuned), tower_precision(args))
-    predict(args, model, classnames, lambda images: [classify(model, images).softmax(dim=1)])
+    predict(args, model, classnames, lambda images: [logits_of(model, images).softmax(dim=1)])
 
 
 # ---- Tables and figures ----

@@ -2,7 +2,7 @@
 
 Two text heads on one CLIP: df from default prompts, which elicit the class and all that goes with
 it, and cd from concept descriptions of the class's core features. Fine-tune the df head to the
-labels (expected risk) while the cd head keeps to a zero-shot estimate of what the core features
+labels (empirical risk) while the cd head keeps to a zero-shot estimate of what the core features
 tell (worst-case risk).
 
 Equations (f(x), g(t): unit features; A(x, t) = <f(x), g(t)>; theta_0: before fine-tuning)
@@ -10,8 +10,8 @@ Equations (f(x), g(t): unit features; A(x, t) = <f(x), g(t)>; theta_0: before fi
     Eq. (4)   R_c = E_x E_{y ~ p_c(y|x)} [-log p_cd(y|x)], soft cross-entropy   worst_case_risk
     Eq. (7)   R(df) + lambda R_c(cd); Eq. (13) writes it out                          make_loss
     Eq. (8)   gamma(x, y) = (xi - min xi) / (max xi - min xi), extremes over the training
-              images labelled y; xi(x, y) = exp(A_0(x, t_y^cd) / tau)     core_targets
-    Eq. (9)   p_c(y_x|x) = gamma(x, y_x) for the label y_x; others share the rest  core_targets
+              images labelled y; xi(x, y) = exp(A_0(x, t_y^cd) / tau)        core_targets
+    Eq. (9)   p_c(y_x|x) = gamma(x, y_x) for the label y_x; others share the rest     core_targets
     Eq. (10)  beta p_df + (1 - beta) p_cd, beta = 1 / (1 + lambda) by default           mixture
     FLYP      R(df): CLIP's symmetric loss of images and captions (5.1)        contrastive_loss
 Symbols: s = exp(logit_scale); W_df, W_cd (C, D) heads with unit rows; F_0 (N, D) zero-shot
@@ -19,7 +19,7 @@ Symbols: s = exp(logit_scale); W_df, W_cd (C, D) heads with unit rows; F_0 (N, D
 
 The authors published inference code and descriptions, never training code. The objective, both
 towers, FLYP's loss, the hyperparameters (Appendix F) and early stopping are the paper's; prompts,
-crops, mixture and heads of one text a class are the released code's; the mean of several texts is
+crops and heads of one text a class are the released code's; the mean of several texts is
 App. C's, here of unit features; the 500 warm-up steps and a trained s are FLYP's code's.
 Reconstructions:
     Eq. (9)   the rest, 1 - gamma, is split by softmax over y != y_x of s A_0(x, t_y^cd)
@@ -28,28 +28,30 @@ Reconstructions:
 
 Deviations
     1. From the paper: xi has a temperature of its own, 1, where Section 4.2 writes the tau of
-       Eq. (5). With that, 1/s, gamma is nearly 0 for nearly every image (1,300 images a class,
-       affinities of deviation 0.02: median 0.002, 98% below 0.1; with 1 the median is 0.44).
+       Eq. (5). With that, 1/s, gamma is nearly 0 for nearly every image (simulated, 1,300 normal
+       affinities of deviation 0.02: median 0.002, 98% below 0.1; with 1 the median is near 0.5).
        --tau 0.01 is the paper's reading for OpenAI's models.
     2. From the paper: Eq. (13)'s first term is the cross-entropy of the df head, --erm ce; we
-       follow Section 5.1, FLYP's loss. Table 11's row 2 is a linear head on the image tower,
-       --erm ce trains through the text tower, as FLYP's ablation.
+       follow Section 5.1, FLYP's loss. --erm ce trains through the text tower, as FLYP's
+       ablation; a linear head on the image tower (Table 11, row 2, as we read it) is absent.
     3. From the paper's text (resize, centre crop), with the released transform: images are
        cropped at random (RandomResizedCrop 0.9-1).
     4. From FLYP: towers in bf16 or fp16 on CUDA, theirs in fp32; an epoch is one pass over the
        images, theirs shuffles rows of image and template; ceil(epochs n / B) steps. --lam 0 is
-       FLYP but for its evaluation head, the mean of all templates.
+       FLYP but for this, deviation 7, a batch of 256 where FLYP has 512 on ImageNet, one prompt
+       in training, and all templates' mean in its evaluation head. ERM's cd and mixture rows are
+       that model's, with DRM's beta.
     5. The contrastive batch is that of all ranks, but with --accum it is one part of the step.
     6. p_c is that of the un-augmented training images, whose features F_0 are computed once.
-    7. Early stopping chooses among the ends of epochs, by the mixture's accuracy on held-out
-       images: 2% of ImageNet's and DomainNet's training images, 10% of CIFAR-10's and of a folder
-       without val/. iWildCam is measured by macro-F1; accuracy chooses.
+    7. Early stopping chooses among the ends of epochs, by the mixture's accuracy (--lam 0: the df
+       head's) on held-out images: 2% of ImageNet's and DomainNet's training images, 10% of
+       CIFAR-10's and of a folder without val/. iWildCam is measured by macro-F1; accuracy chooses.
     8. lambda is 1, not chosen from 1 to 5 by validation. --alpha is the weight of the fine-tuned
        model, 1 - rho, and not chosen by validation.
     9. A text that is longer than the context is refused; the released code cuts it, end token
        included. Descriptions are joined by name first; the code joins by position.
-   10. Absent: ablations (b1), (b2), (c2), (d3) and (e). Recipes for shapes, folder, CIFAR-10 and
-       DomainNet are ours.
+   10. Absent: ablations (b1), (b2), (c2), (d2), (d3), (e), LP-FT, ResNet50. Recipes for
+       shapes, folder, CIFAR-10 and DomainNet are ours.
 
 Usage
     python drm.py                                               # the embedded data
@@ -81,9 +83,9 @@ RECIPES = {
     "imagenet": dict(PAPER, prompt="a good photo of the {}."),
     "iwildcam": dict(LATER, prompt="a photo of {}."),
     "fmow": dict(LATER, prompt="satellite photo of a {}."),
-    "cifar10": PAPER, "domainnet": PAPER, "folder": PAPER,  # these and the next not in the paper
+    "cifar10": PAPER, "domainnet": PAPER, "folder": PAPER,  # these and the next are ours
     "shapes": dict(PAPER, prompt="a photo of a {}", baseline=True),
-}
+}  # what the data brings to every method is in common.OF_DATA
 
 
 def get_args():
@@ -98,7 +100,7 @@ def get_args():
           "c1); onehot the labels (c3)", choices=["paper", "softmax", "onehot"])
     p.add("--tau", 1.0, "temperature of Eq. (8)'s xi (paper: the model's, 0.01 for OpenAI's)",
           within=(1e-6, 1e9))
-    p.add("--erm", "flyp", "expected risk: FLYP's contrastive loss, or cross-entropy of the df "
+    p.add("--erm", "flyp", "empirical risk: FLYP's contrastive loss, or cross-entropy of the df "
           "head", choices=["flyp", "ce"])
     p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha DRM weights of "
           "both towers", within=(0, 1))
@@ -208,7 +210,7 @@ class DualPrompts(nn.Module):
             return text_head(self.clip, texts, classes)
 
     def heads(self):
-        """W_df, W_cd (C, D), computed once until the next training step."""
+        """W_df, W_cd (C, D), computed once; train() and eval() forget them."""
         if self.fixed_heads is None:
             with torch.no_grad():
                 self.fixed_heads = self.head(self.df, self.all), self.head(self.cd, self.all)
@@ -380,7 +382,8 @@ def fine_tune(setup, zero_shot, features_0, lam, out):
 
     def predicted(model, images):
         return common.log_probabilities(mixture(*both_logits(model, images), beta))
-    model = common.train(zero_shot, loss_fn, setup, out, predicted, ("clip.logit_bias",))
+    model = common.train(zero_shot, loss_fn, setup, out, predicted,
+                         frozen=("clip.logit_bias",))  # in no loss: ranks would wait for it
     w_df, w_cd = model.heads()
     df = common.ImageClassifier(model.clip.visual, w_df, model.clip.logit_scale.exp().item())
     common.save_run(setup, df, out, head={"head_cd": w_cd, "head_0": w_df_0},
@@ -422,9 +425,9 @@ def main():
         return predict(args)
     data = common.load_data(args)
     prompts, described = read_texts(args, data)
-    data.texts = prompts + described
+    data.texts = prompts + described  # --resume must find them again
     if args.finetuned and common.is_run(Path(args.finetuned)):
-        of_run(args, None)  # with a cd head
+        of_run(args, None)  # a run of another method is refused before CLIP is loaded
     setup = common.start(args, data)
     classes = len(data.classnames)
     df, cd = encode(prompts, setup), encode(described, setup)
@@ -435,6 +438,7 @@ def main():
         models["DRM"] = DualPrompts(tuned, df, cd, classes, setup.amp).eval()
     else:
         common.preview(three_rows(models, args.beta), setup)
+        # For its features alone; the head is not used
         encoder = common.ImageClassifier(setup.clip.visual, zero_shot.heads()[0], amp=setup.amp)
         features_0 = common.features_of(encoder.eval(), data.train, setup)
         if args.baseline and args.lam:

@@ -5,35 +5,39 @@ measures that change on random token sequences and penalises it.
 
 Equations (numbers of the OpenReview version)
     Eq. (6)       mean over t, x of (<G(t), F_theta(x)> - <G(t), F_theta0(x)>)^2     energy_gap
+                  for reference: R is half of it
     Eq. (7), (8)  R = 1/(2M) ||v_theta(x) - v_theta0(x)||^2, mean over x,    lipsum_regularizer
                   v^(m) = <G(t_m), F_theta(x)>, times s (deviation 1)
     loss          cross-entropy + lambda R                                            make_loss
     texts         t_m = [SOT, L random ids, EOT], new at every step               random_tokens
 Symbols: F image tower, theta its weights (theta0: zero-shot), G frozen text tower, both with
     unit-norm outputs; s = exp(logit_scale); x image, t text; M texts of L random tokens;
-    v (B, M); lambda (--lam). The head is W with unit rows, trained, the frozen s outside.
+    v (B, M); lambda (--lam). The head starts as W, unit rows, and is trained; s, frozen, stays
+    outside.
 
 Deviations (lambda = 1, M = 80 and L = 8 are the defaults of the official code)
-    1. From the paper, with the code: v carries the factor s, so that lambda = 1 means s^2 = 10^4
-       on raw cosines.
+    1. From the paper, which writes no s, with the code: v carries it, so that lambda = 1 means
+       s^2 on raw cosines, 10^4 for OpenAI's models.
     2. From the code: warm-up starts at lr / warm-up steps, not at 0; where the number of steps is
        not divisible by ten, the cosine takes one step more.
-    3. From the code: both of Adam's moments are fp32, and the projections run in the towers'
-       precision; there the first moment is bf16 (mu_dtype) and the projections are fp32.
-    4. From the code: the model of the last step is kept, not the best on the test set; --keep
-       best keeps the epoch that is best on held-out training images: 2% of ImageNet's and
-       DomainNet's, 10% of CIFAR-10's and of a folder without val/. --holdout 0 trains on all, as
-       theirs.
-    5. From the code: whole epochs are shuffled, not a buffer of 16 batches; crops are PIL's,
-       antialiased and rounded to 8 bits, and come after the flip; they are 8-100% of the image;
-       theirs are 10-100%, before the flip, in floats. Evaluation uses CLIP's resize and crop.
+    3. From the code: towers are bf16 or fp16 on CUDA and fp32 elsewhere, theirs bf16; both of
+       Adam's moments are fp32, and the projections run in the towers' precision; there the first
+       moment is bf16 (mu_dtype) and the projections are fp32.
+    4. From the code: the model of the last step is kept, not the best on the test set of every
+       1,000 steps; --keep best keeps the epoch that is best on held-out images. With either, 2% of
+       ImageNet's and DomainNet's training images, 10% of CIFAR-10's and of a folder without val/
+       are held out; --holdout 0 trains on all, as theirs.
+    5. From the code: whole epochs are shuffled, not a buffer of 16 batches. Crops are PIL's,
+       antialiased, rounded to 8 bits, after the flip, their area uniform in 8-100% of the image;
+       theirs are floats, before the flip, their side uniform and the area 10-100%. Evaluation is
+       CLIP's resize and crop, theirs a crop of 224/256 of the shorter side.
     6. From the code: NLL is exact; theirs adds 1e-8 to probabilities before the logarithm.
     7. Recipes for the data sets that are not in the paper are ours.
 
 Usage
     python lipsum_ft.py                                       # embedded data: a minute on a CPU
     python lipsum_ft.py --data folder --data-dir MY_IMAGES    # MY_IMAGES/train/CLASS/*.jpg, ...
-    python lipsum_ft.py --data imagenet --data-dir ~/data     # the paper's main experiment
+    python lipsum_ft.py --data imagenet --data-dir ~/data --tests v2,r,a,sketch     # the paper's
 Expected result: README.md, "Results"; ViT-B/16 on ImageNet in the authors' log, one seed, the best
     of its steps (not run by us): ImageNet 83.3, V2 73.6, R 75.9, A 49.9, Sketch 51.5.
 """
@@ -48,9 +52,10 @@ PAPER = dict(batch_size=256, lr=1e-5, wd=0.0, warmup=0.1, grad_clip=0.0, augment
              baseline=False)  # official scripts/
 RECIPES = {
     "imagenet": dict(PAPER, steps=50_000), "domainnet": dict(PAPER, steps=5_000),
-    "cifar10": dict(PAPER, epochs=10), "iwildcam": dict(PAPER, epochs=10),  # not in the paper
+    # These are ours
+    "cifar10": dict(PAPER, epochs=10), "iwildcam": dict(PAPER, epochs=10),
     "fmow": dict(PAPER, epochs=10), "folder": PAPER, "shapes": dict(PAPER, baseline=True),
-}
+}  # what the data brings to every method is in common.OF_DATA
 
 
 def get_args():
@@ -129,11 +134,11 @@ def make_loss(clip_model, zero_shot, tokenizer, lam, texts, text_length, seed):
 # ---------------------------------------- main ----------------------------------------
 
 def fine_tune(setup, zero_shot, lam, out):
-    """Train with weight `lam` of the regulariser from theta_0 and leave the model in `out`."""
+    """The model trained from theta_0 with weight `lam` of the regulariser; saved in `out`."""
     args = setup.args
-    teacher = torch.compile(zero_shot) if args.compile else zero_shot
-    loss_fn = make_loss(setup.clip, teacher, setup.tokenizer, lam, args.texts, args.text_length,
-                        args.seed)
+    reference = torch.compile(zero_shot) if args.compile else zero_shot
+    loss_fn = make_loss(setup.clip, reference, setup.tokenizer, lam, args.texts,
+                        args.text_length, args.seed)
     frozen = () if args.freeze == "none" else ("head",)
     model = common.train(zero_shot, loss_fn, setup, out, frozen=frozen)
     common.save_run(setup, model, out)
@@ -145,10 +150,12 @@ def main():
     if args.predict:
         return common.predict_with_head(args)
     setup = common.start(args, common.load_data(args))
-    context = setup.clip.context_length
-    if args.text_length + 2 > context:
-        raise common.Fail(f"--text-length {args.text_length}: SOT and EOT included it exceeds the "
-                          f"text tower's {context} positions")
+    try:
+        ids = setup.tokenizer.sot_token_id, setup.tokenizer.eot_token_id
+        common.encode_texts(setup.clip, random_tokens(1, args.text_length, *ids))
+    except (AttributeError, ValueError) as error:  # not CLIP's tokenizer, not causal, too long
+        raise common.Fail(f"--text-length {args.text_length}, --model {args.model}: random texts "
+                          f"cannot be encoded: {error}") from None
     if args.finetuned:
         zero_shot, tuned = common.load_finetuned(setup)
         models = {"zero-shot": zero_shot, "fine-tuned": tuned}

@@ -35,15 +35,16 @@ Deviations
        shape; the paper's D.2 takes a random square.
     9. --freeze encoder: the rate of 0.1 and, on the papers' sets, the batch of 512 are VRF's
        (App. C.1); the paper searches 64 settings of rate, batch and coefficient for each of four
-       regularisers (D.3). Features are computed once, without augmentation, as in the code.
+       regularisations, none among them (D.3). Features are computed once, without augmentation,
+       as in the code.
    10. CIFAR-10, iWildCam and FMoW use the paper's default (D.2). Recipes for shapes, folder and
        DomainNet are ours.
-   11. Absent: ImageNet-Vid-Robust and YTBB-Robust, Fisher and other merges, LP-FT.
+   11. Absent: ImageNet-Vid-Robust and YTBB-Robust, Fisher and other merges, EMA.
 
 Usage
     python wise_ft.py                                        # embedded data: a minute on a CPU
     python wise_ft.py --data imagenet --data-dir ~/data      # the paper's main experiment
-    python wise_ft.py --finetuned runs/lipsum_ft-shapes-s0   # towards a finished run
+    python wise_ft.py --finetuned runs/lipsum_ft-shapes-s0   # a run, of vrf.py its fine-tuned/
     python wise_ft.py --finetuned MINE.pt --data folder --data-dir MY_IMAGES   # or state dict
     python wise_ft.py --data imagenet --shots 16 --lr 1e-5   # few-shot, with the paper's rate
 Expected result: README.md, "Results"; the paper's ViT-B/16 on ImageNet / mean of five shifts at
@@ -64,7 +65,7 @@ PAPER = dict(epochs=10, batch_size=512, lr=3e-5, wd=0.1, warmup=500, grad_clip=1
              augment="crop")  # official README, D.2
 RECIPES = {
     "imagenet": PAPER, "cifar10": PAPER, "iwildcam": PAPER, "fmow": PAPER,
-    "domainnet": PAPER, "folder": PAPER, "shapes": PAPER,  # not in the paper
+    "domainnet": PAPER, "folder": PAPER, "shapes": PAPER,  # ours, with common.OF_DATA
     "encoder": dict(lr=0.1, augment="none"),               # --freeze encoder
 }
 FROZEN = {"none": (), "encoder": ("visual.",), "head": ("head", "bias")}
