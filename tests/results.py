@@ -138,14 +138,14 @@ def differences(table, runs):
     yield (f"- Lipsum-FT keeps {kept('Lipsum-FT', UNIT)}; against fine-tuning: "
            f"{gain('Lipsum-FT', UNIT)}; against zero-shot: {gain('Lipsum-FT', 'zero-shot')}")
     best = max("zero-shot", FOLDED, key=OOD.get)
-    yield (f"- {WISE} keeps {kept(WISE, FOLDED)}; against fine-tuning: {gain(WISE, FOLDED)}; "
-           f"against the end that is better on the shifts: OOD {OOD[WISE] - OOD[best]:+.1f}; "
+    yield (f"- {WISE} keeps {kept(WISE, FOLDED)}; against fine-tuning: {gain(WISE, FOLDED)}. "
+           f"Against the end that is better on the shifts: OOD {OOD[WISE] - OOD[best]:+.1f}; "
            f"--select chose {[run['wise_alpha'] for run in runs]}")
     points = [np.mean([run["ose_curve"][alpha] for run in runs], axis=0)
               for alpha in runs[0]["ose_curve"]]
     rivals = [ood for in_distribution, ood in points if in_distribution >= ID["VRF"]]
     against = f"OOD {OOD['VRF'] - max(rivals):+.1f}" if rivals else "no OSE has its ID"
-    yield (f"- VRF against OSE with held-out alpha: {gain('VRF', OSE)}; against the best OSE of "
+    yield (f"- VRF against OSE with held-out alpha: {gain('VRF', OSE)}. Against the best OSE of "
            f"equal or better ID: {against}; against the best OSE on the shifts: OOD "
            f"{OOD['VRF'] - max(ood for _, ood in points):+.1f}")
     if "DRM mixture" in ID:

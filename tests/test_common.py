@@ -57,6 +57,11 @@ def test_zero_shot_logits_equal_open_clips(tiny_vit):
             logits, features = model(x)
             assert (logits - want).abs().max() <= 1e-4 * s
             assert (features.norm(dim=1) - 1).abs().max() <= 1e-6
+    # The template of most tokens is not that of most letters; only it exceeds the 77 positions.
+    templates = ["an extraordinarily photorealistic {}", "a b c d e f g h i j k l m n {}"]
+    common.zero_shot_head(clip, tokenizer, ["x " * 60], templates)
+    with pytest.raises(common.Fail, match="longer than the 77 tokens"):
+        common.zero_shot_head(clip, tokenizer, ["x " * 62], templates)
 
 
 @pytest.mark.parametrize("custom", [False, True])

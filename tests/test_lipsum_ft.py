@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import common
 import lipsum_ft
-from tests.conftest import COLOURS, printed, write_tree
+from tests.conftest import COLOURS, complaint, printed, write_tree
 
 
 def test_regularizer_and_energy_gap_are_the_written_out_sums():
@@ -124,3 +124,14 @@ def test_own_folder_of_jpegs_and_reload_with_open_clip(tmp_path, tiny_vit):
     assert found["fine-tuned"] == rows["Lipsum-FT"]["tests"]
     assert found["zero-shot"] == rows["zero-shot"]["tests"]
     assert found["WiSE-FT 0.5"] not in (found["fine-tuned"], found["zero-shot"])
+
+
+def test_a_tokenizer_without_clips_ends_is_refused_before_the_first_step(tree, tiny_vit,
+                                                                          monkeypatch):
+    def foreign(name):  # as SigLIP's: a function of texts, without the ids of SOT and EOT
+        clips = open_clip.SimpleTokenizer()
+        return lambda texts, context_length=77: clips(texts, context_length)
+    monkeypatch.setattr(open_clip, "get_tokenizer", foreign)
+    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--out", tree / "run"]
+    line = complaint("lipsum_ft.py", *flags)
+    assert "random texts" in line and "--model" in line and not (tree / "run").exists()
