@@ -28,6 +28,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -1086,6 +1087,7 @@ def predict(args, model, classnames, probabilities, columns=()):
     probabilities(images) -> (probs (B, C), *columns (B,)).
     """
     root = Path(args.predict)
+    root.stat()  # the system's sentence on a missing one
     found = sorted(p for p in [root, *root.rglob("*")] if p.is_file())
     files = [p for p in found if is_image(p) and not any(map(hidden, p.relative_to(root).parts))]
     images = Pictures(f"--predict {root}", files, [0] * len(files))
@@ -1571,6 +1573,7 @@ def cli(main):
     """Run a method's main(); a user's mistake ends in one line."""
     sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
     warnings.simplefilter("ignore", FutureWarning)    # between torch and open_clip
+    logging.disable(logging.WARNING)  # open_clip's of random weights, where take() follows
     try:
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")

@@ -483,6 +483,8 @@ def test_predictions_need_the_run_folder_alone(runs, tmp_path, method, columns):
     empty.mkdir()
     flags = ["--finetuned", tmp_path / "moved", "--predict", empty]
     assert str(empty) in complaint(f"{method}.py", *flags)
+    missing = complaint(f"{method}.py", *flags[:3], empty / "none")
+    assert "none: No such file or directory" in missing
 
 
 def six_lines(run, file):
