@@ -108,7 +108,7 @@ def start(args, data):
     check_steps(args, data)
     clip_model, tokenizer = load_clip(args)
     describe(args, data)
-    check_same(args, data, amp)
+    check_same(args, data, clip_model, amp)
     preprocess = PreprocessCfg(**clip_model.visual.preprocess_cfg)
     for images in (data.train, data.val, *data.tests.values()):
         images.prepare(preprocess)
@@ -146,13 +146,17 @@ def encode_texts(clip_model, tokens):
 
 
 def tokenize(texts, tokenizer, context):
-    """Tokens (m, context) of texts; one that is longer is refused, since it would be cut."""
+    """Tokens (m, context) of texts. One that would be cut is refused, and two that become one."""
     beyond = tokenizer(texts, context_length=context + 1)[:, context]
     pad = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", 0)
     for text, token in zip(texts, beyond.tolist()):
         if token != pad:
             raise Fail(f"longer than the {context} tokens of the text tower: '{text[:80]}...'")
-    return tokenizer(texts, context_length=context)
+    tokens, of_tokens = tokenizer(texts, context_length=context), {}
+    for text, key in zip(texts, map(tuple, tokens.tolist())):
+        if of_tokens.setdefault(key, text) != text:  # in case or spaces
+            raise Fail(f"'{of_tokens[key]}' and '{text}' are one text to the tokenizer")
+    return tokens
 
 
 def zero_shot_head(clip_model, tokenizer, classnames, templates):
@@ -282,7 +286,7 @@ class ImageSet(torch.utils.data.Dataset):
         try:
             return self.transform(ImageOps.crop(read_image(path), self.border))
         except Exception as error:  # decoders raise a dozen types
-            raise Fail(f"{path}: cannot be read as an image ({first_line(error)}); put a readable "
+            raise Fail(f"{path}: cannot be read as an image ({in_short(error)}); put a readable "
                        "one of that name in its place") from None
 
     def normalized(self, pixels):
@@ -524,7 +528,8 @@ def train(model, loss_fn, setup, out=None, predict=logits_of, frozen=()):
                     raise
                 if stops or WORLD == 1:
                     save()
-                raise Fail(f"{first_line(error)}; --resume {setup.out} goes on") from None
+                raise Fail(f"{error if isinstance(error, Fail) else 'stopped'}; "
+                           f"--resume {setup.out} goes on") from None
             if parts:
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = learning_rate(step, total, peak, args.warmup)
@@ -830,7 +835,7 @@ def load_checkpoint(path, parts):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or foreign file raises a dozen types
-        raise Fail(f"{path}: cannot be read ({first_line(error)}); remove it to train from the "
+        raise Fail(f"{path}: cannot be read ({in_short(error)}); remove it to train from the "
                    "start") from None
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -847,7 +852,7 @@ def save_checkpoint(path, parts, next_):
         try:
             torch.save({**state, "next": next_}, f"{path}.tmp")
         except (OSError, RuntimeError) as error:
-            raise Fail(f"{path}: could not be written ({first_line(error)}); is the disk full? The "
+            raise Fail(f"{path}: could not be written ({in_short(error)}); is the disk full? The "
                        "one before is kept") from None
         os.replace(f"{path}.tmp", path)
 
@@ -856,8 +861,10 @@ def open_log(path, size):
     """log.jsonl, to be written on; what the checkpoint, written at `size` bytes, lacks goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = open(path if RANK == 0 else os.devnull, "a", buffering=1)
-    if log.tell() > size:
-        log.truncate(size)
+    if RANK == 0:
+        whole = path.read_bytes()[:size]
+        log.truncate(whole.rfind(b"\n") + 1)  # a full disk may have torn its last line too
+        log.seek(0, os.SEEK_END)
     return log
 
 
@@ -888,19 +895,20 @@ def load_clip(args):
     matmul takes a path that copies the weights for each sample.
     """
     name, tag = args.model, args.pretrained or "openai"
-    if name == "shapes-clip":
-        return embedded().shapes_clip(DEVICE), open_clip.SimpleTokenizer(context_length=20)
-    own = ":" in name  # local-dir: or hf-hub:
+    own = name == "shapes-clip" or ":" in name  # local-dir: or hf-hub:
     if own and args.pretrained:
         raise Fail(f"--pretrained {tag}: --model {name} brings its own weights")
+    if name == "shapes-clip":
+        return embedded().shapes_clip(DEVICE), open_clip.SimpleTokenizer(context_length=20)
     file = not own and not open_clip.get_pretrained_cfg(name, tag) and Path(tag).is_file()
     # Weights trained with QuickGELU in a model without it lose accuracy silently.
     warnings.filterwarnings("error", message="QuickGELU mismatch")
     try:
         clip_model = open_clip.create_model(name, None if own or file else tag, device=DEVICE,
                                             require_pretrained=not file)
-    except (RuntimeError, ValueError, OSError, UserWarning) as error:
-        raise Fail(f"--model {name} --pretrained {tag}: {first_line(error)}") from None
+    except Exception as error:  # a torn or foreign folder raises a dozen types
+        source = name if own else f"{name} --pretrained {tag}"
+        raise Fail(f"--model {source}: {in_short(error)}") from None
     if file:
         take(clip_model, read_weights(Path(tag)), tag)
     clip_model.visual.output_tokens = False  # CoCa's: its features alone
@@ -964,7 +972,7 @@ def read_weights(path):
                 for name, value in found.items()}
     except Exception as error:  # a pickle that names code, TorchScript, a torn file, no dict
         raise Fail(f"{path}: not a state dict that can be read as numbers alone "
-                   f"({first_line(error)[:60]}); save model.state_dict() where it was trained"
+                   f"({in_short(error)[:60]}); save model.state_dict() where it was trained"
                    ) from None
 
 
@@ -998,7 +1006,7 @@ def load_run(folder, amp):
         with safe_open(folder / "head.safetensors", "pt") as f:
             classnames = json.loads(f.metadata()["about"])["classnames"]
     except Exception as error:  # a torn or foreign file
-        raise Fail(f"--finetuned {folder}: cannot be read ({first_line(error)})") from None
+        raise Fail(f"--finetuned {folder}: cannot be read ({in_short(error)})") from None
     take(clip_model, read_weights(folder / "open_clip_model.safetensors"), folder)
     clip_model.visual.output_tokens = False
     model = ImageClassifier(clip_model.visual, tensors["head"], tensors["scale"],
@@ -1112,7 +1120,9 @@ def predict(args, model, classnames, probabilities, columns=()):
 
 def predict_with_head(args):
     """--predict with the head of the run --finetuned."""
-    model, classnames, _ = load_run(Path(args.finetuned), tower_precision(args))
+    model, classnames, tensors = load_run(Path(args.finetuned), tower_precision(args))
+    if tensors.keys() - HEAD:
+        raise Fail(f"--finetuned {args.finetuned}: has two heads; use the script that made it")
     predict(args, model, classnames, lambda images: [logits_of(model, images).softmax(dim=1)])
 
 
@@ -1276,7 +1286,12 @@ def hidden(name):
 
 def subfolders(path):
     """Sorted names of the folders in a folder, of which there must be one."""
-    found = [p.name for p in path.iterdir() if p.is_dir() and not hidden(p.name)]
+    found = []
+    for p in path.iterdir():
+        if not p.exists():
+            raise Fail(f"{p}: a link to what is not there")
+        if p.is_dir() and not hidden(p.name):
+            found.append(p.name)
     if not found:
         raise Fail(f"{path}: there is no folder in it, such as those of classes")
     return sorted(found, key=plain)
@@ -1299,8 +1314,12 @@ def class_tree(name, path, labels, own_space=False, partial=False, **how):
     own_space: only the classes that have a folder count; before any softmax the logits of all
     others are dropped. partial: folders without a label are left out instead of refused.
     """
-    files, targets, others = [], [], []
-    for folder in subfolders(path):
+    files, targets, others = [], [], [os.fsencode(p) for p in path.iterdir() if is_image(p)]
+    folders = subfolders(path)
+    absent = labels.keys() - set(map(plain, folders))
+    if absent and not own_space:
+        say(f"{name}: {len(absent)} classes have no folder, such as {sorted(absent)[:3]}")
+    for folder in folders:
         label = labels.get(plain(folder))
         if label is None and partial:
             continue
@@ -1341,20 +1360,22 @@ def folder_data(root, args):
     folders = [plain(folder) for folder in subfolders(root / "train")]
     labels = {folder: label for label, folder in enumerate(folders)}
     tests = {"test": (class_tree, root / "test", labels)}
-    for name in subfolders(root / "shifts") if (root / "shifts").is_dir() else []:
-        if name.lower() in {"test", "ood", "nll", "nll ood", "ece", "ece ood"}:
-            raise Fail(f"{root / 'shifts' / name}: a column of the table has that name; rename it")
+    for name in subfolders(root / "shifts") if (root / "shifts").exists() else []:
+        if name.lower() in {"train", "val", "test", "ood", "nll", "nll ood", "ece", "ece ood"}:
+            raise Fail(f"{root / 'shifts' / name}: something else has that name; rename it")
         tests[name] = class_tree, root / "shifts" / name, labels
     tests = read_tests(args, tests)
     train = class_tree("train", root / "train", labels)
-    val = class_tree("val", root / "val", labels) if (root / "val").is_dir() else None
+    val = class_tree("val", root / "val", labels) if (root / "val").exists() else None
 
-    names = {folder: folder.replace("_", " ") for folder in folders}
+    names, named = {folder: folder.replace("_", " ") for folder in folders}, set()
     for line in optional_lines(root / "classnames.txt"):
         folder, _, name = plain(line).partition("\t")
-        if folder not in names or not name.strip():
-            raise Fail(f"classnames.txt: '{line}' is not FOLDER<TAB>NAME with a folder of train/")
+        if folder not in names.keys() - named or not name.strip() or "\t" in name:
+            raise Fail(f"classnames.txt: '{line}' is not FOLDER<TAB>NAME with a folder of train/, "
+                       "or that folder's second line")
         names[folder] = name.strip()
+        named.add(folder)
     (name, n), = Counter([names[folder] for folder in folders]).most_common(1)
     if n > 1:
         raise Fail(f"--data-dir {root}: {n} classes have the name '{name}'")
@@ -1457,7 +1478,7 @@ def cifar10_data(root, args):
     try:
         train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
     except RuntimeError as error:
-        raise Fail(f"{root / 'cifar-10-batches-py'}: {first_line(error)}") from None
+        raise Fail(f"{root / 'cifar-10-batches-py'}: {in_short(error)}") from None
     tests = read_tests(args, {
         "cifar10": (ImageSet, test.data, test.targets),
         "cifar10.1": (cifar10_1, root / "CIFAR-10.1/datasets"),
@@ -1601,8 +1622,8 @@ def say(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def first_line(error):
-    return (str(error).strip().splitlines() or [repr(error)])[0][:150]
+def in_short(error):
+    return (" ".join(str(error).split()) or repr(error))[:150]
 
 
 def absolute(path):
@@ -1704,9 +1725,12 @@ def parse(p, method, recipes, inherited=(), variant=None):
         fixed = run.keys() & INHERITED
     elif "predict" in given:
         raise Fail("--predict: needs a finished run, as --finetuned RUN")
+    unused = given.keys() - {"method", "finetuned", "predict", "precision", "workers", *inherited}
+    if "predict" in given and unused:
+        raise Fail(f"--predict: does not use {', '.join(map(flag, sorted(unused)))}")
     for key in fixed & given.keys():
         if given[key] != run.get(key):
-            raise Fail(f"{flag(key)} {given[key]}: the run has {run.get(key)}")
+            raise Fail(f"{flag(key)} {given[key]}: the run has {run.get(key)!r}")
     data = {**defaults, **run, **given}["data"]
     if "data_dir" in given and data == "shapes":
         raise Fail(f"--data-dir {given['data_dir']}: of which --data?")
@@ -1746,10 +1770,14 @@ def run_flags(folder):
     return flags
 
 
-def check_same(args, data, amp):
-    """What a resumed run must find as it was; the run of --finetuned should have held out the
-    images that are held out now."""
-    found = {"class names": repr(data.classnames), "precision": str(amp), "texts": repr(
+def check_same(args, data, clip_model, amp):
+    """What a resumed run must find as it was; the run of --finetuned should have started from the
+    same weights, and held out the images that are held out now."""
+    weights = hashlib.sha256()
+    for value in clip_model.state_dict().values():
+        weights.update(value.cpu().numpy().tobytes())
+    found = {"class names": repr(data.classnames), "precision": str(amp),
+             "starting weights": weights.hexdigest(), "texts": repr(
         ([t if isinstance(t, str) else t("{}") for t in data.templates], data.texts))}
     for images in (data.train, data.val):
         names = images.images.tobytes()
@@ -1763,9 +1791,9 @@ def check_same(args, data, amp):
     differ = [name for name in found if found[name] != run.get(name)]
     if differ and args.resume:
         raise Fail(f"--resume {args.resume}: not as the run found them: {', '.join(differ)}")
-    if any("images" in name for name in differ):
-        say(f"warning: {', '.join(differ)} are not as the run {args.finetuned} found them; it may "
-            "have been trained on what is held out now")
+    if any("images" in name or "weights" in name for name in differ):
+        say(f"warning: not as the run {args.finetuned} found them: {', '.join(differ)}; it may "
+            "have been trained on what is held out now, or from other weights")
 
 
 def describe(args, data):

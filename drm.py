@@ -348,6 +348,10 @@ def descriptions(pairs, classnames, aliases, source):
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise common.Fail(f"{source}: '{name}' has no text or list of texts")
         found.append(texts)
+    for texts in dict.fromkeys(map(tuple, found)):
+        alike = {name for name, own in zip(classnames, found) if tuple(own) == texts}
+        if len(alike) > 1:
+            common.say(f"warning: {source}: the cd head cannot tell apart {sorted(alike)}")
     return found
 
 

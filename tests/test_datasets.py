@@ -168,7 +168,8 @@ def test_folder(mine, capsys):
     images(mine, "val/polar_bear/7.png", *[f"train/polar_bear/{name}" for name in names])
     data = load("folder", mine)
     assert data.classnames == ["cat", "polar bear"] and data.aliases == ["cat", "polar_bear"]
-    assert data.templates == ["a photo of a {}."] and not capsys.readouterr().out
+    assert data.templates == ["a photo of a {}."]
+    assert capsys.readouterr().out == "val: 1 classes have no folder, such as ['cat']\n"
     want = {"cat/1.png": 0, "polar_bear/1.png": 1}
     assert labels(data.tests["test"]) == labels(data.tests["night"]) == want
     want |= {f"polar_bear/{name}": 1 for name in names}
@@ -183,11 +184,11 @@ def test_what_is_not_read(mine, capsys):
     for left in ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", ".hidden"):  # by systems
         images(mine, *[f"{place}/{left}/x.png" for place in (".", "train", "train/cat", "shifts")])
     images(mine, "train/cat/._1.png", "valid/cat/1.png", "shift/day/cat/1.png")
-    images(mine / "test", "cat/notes.txt", "polar_bear/Thumbs.db", "polar_bear/scan.pdf")
+    images(mine / "test", "cat/notes.txt", "polar_bear/Thumbs.db", "polar_bear/scan.pdf", "x.png")
     data, lines = load("folder", mine), capsys.readouterr().out.splitlines()
     assert len(labels(data.train)) == 2 and list(data.tests) == ["test", "night"]
     assert sum("not read: shift, valid;" in line for line in lines) == 1
-    assert sum("/test: 3 files" in line and "cat/notes.txt" in line for line in lines) == 1
+    assert sum("/test: 4 files" in line and "test/x.png" in line for line in lines) == 1
     assert len(lines) == 2
 
 
@@ -213,7 +214,15 @@ def test_wrong_folders(mine):
         images(mine, name)
         bad(word)
         shutil.rmtree((mine / name).parent)
-    for name in ("OOD", "test", "Nll"):  # columns of the table
+    for name in ("shifts/day", "val", "test/dog"):  # a disk that is not there
+        (mine / name).symlink_to("nothing")
+        bad(f"{name}: a link")
+        (mine / name).unlink()
+    for text in ("cat\ta\tb\n", "cat\ta\ncat\tb\n"):
+        (mine / "classnames.txt").write_text(text)
+        bad("classnames.txt: 'cat")
+    (mine / "classnames.txt").unlink()
+    for name in ("OOD", "test", "Nll", "val"):  # columns of the table, other splits
         (mine / "shifts/night").rename(mine / "shifts" / name)
         bad(f"shifts/{name}: ")
         (mine / "shifts" / name).rename(mine / "shifts/night")

@@ -220,10 +220,62 @@ def test_other_held_out_images_than_those_of_the_run_are_said(finished, tmp_path
     for image in list((tree / "train" / "red_square").iterdir())[:5]:
         image.unlink()
     text = printed(*flags, "--out", tmp_path / "b")
-    assert "warning: train images, val images are not as the run" in text
+    assert "found them: train images, val images; it may" in text
     for flag, value in (("--holdout", 0.5), ("--limit", 9), ("--model", "ViT-B-32"),
                         ("--data", "shapes"), ("--seed", 5)):
         assert flag in complaint(*flags, flag, value, "--out", tmp_path / "c")
+
+
+def test_the_weights_that_a_run_starts_from_are_found_again(finished, world, tmp_path):
+    """A local-dir model that is made anew has the same name, and gave another theta_0."""
+    weights = world.model.removeprefix("local-dir:") + "/open_clip_model.safetensors"
+    resume = ["lipsum_ft.py", "--resume", finished / "run"]
+    again = ["wise_ft.py", "--finetuned", finished / "run", "--alphas", 1, "--workers", 0]
+    try:
+        save_tensors(weights, {**world.state, "ln_final.bias": world.state["ln_final.bias"] + 1})
+        assert "found them: starting weights" in complaint(*resume)
+        assert "found them: starting weights" in printed(*again, "--out", tmp_path / "a")
+    finally:
+        save_tensors(weights, world.state)
+    printed(*resume)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_torn_log_does_not_end_a_resumed_run(world, tmp_path, script):
+    """A full disk cuts the log below what the checkpoint has; the figure read half a line."""
+    out = tmp_path / "run"
+    printed(script, *world.base, "--steps", 4, "--batch-size", 12, "--out", out)
+    [log] = [p for p in out.rglob("log.jsonl") if "erm" not in p.parts]
+    log.write_bytes(log.read_bytes()[:-20])
+    printed(script, "--resume", out)
+    assert all("step" in json.loads(line) for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_that_would_do_nothing_are_refused(world, tmp_path, script):
+    line = complaint(script, "--predict", world.tree, "--finetuned", tmp_path, "--lr", 1)
+    assert "--predict" in line and "--lr" in line
+    line = complaint(script, "--pretrained", "laion2b", "--out", tmp_path / "new")
+    assert "--pretrained laion2b" in line and "shapes-clip" in line
+
+
+@pytest.mark.parametrize("fault", ["torn", "key", "missing"])
+def test_a_broken_local_dir_is_one_line(world, tmp_path, fault):
+    folder = shutil.copytree(world.model.removeprefix("local-dir:"), tmp_path / "m")
+    weights, config = folder / "open_clip_model.safetensors", folder / "open_clip_config.json"
+    told = json.loads(config.read_text())
+    if fault == "torn":
+        weights.write_bytes(weights.read_bytes()[:99])
+    elif fault == "key":
+        told["model_cfg"]["vision_cfg"]["colour"] = 1
+    else:
+        state = {name: x for name, x in world.state.items() if name != "ln_final.bias"}
+        save_tensors(weights, state)
+    config.write_text(json.dumps(told))
+    line = complaint("wise_ft.py", *world.base[:4], "--model", f"local-dir:{folder}", "--out",
+                     tmp_path / "new")
+    assert "--model local-dir:" in line and "--pretrained" not in line
+    assert fault != "missing" or "ln_final.bias" in line
 
 
 def test_args_that_were_edited_are_one_line(finished, tmp_path):
@@ -254,6 +306,18 @@ def test_texts_that_would_be_cut_are_refused(world, tmp_path, script):
                      "--steps", 1, "--out", tmp_path / "new")
     assert "longer than the 77 tokens" in line and "a very long name" in line
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_names_that_are_one_text_to_the_tokenizer_are_refused(world, tmp_path, script):
+    """The second of them was never predicted."""
+    tree = shutil.copytree(world.tree, tmp_path / "tree")
+    (tree / "classnames.txt").write_text("red_square\tsame\nblue_square\tSAME\n")
+    told = {"same": "a", "SAME": "b", "green square": "c"}
+    (tree / "descriptions.json").write_text(json.dumps(told))
+    line = complaint(script, "--data", "folder", "--data-dir", tree, "--model", world.model,
+                     "--steps", 1, "--out", tmp_path / "new")
+    assert "one text to the tokenizer" in line and "SAME" in line
 
 
 def test_workers_are_those_cores_that_the_process_may_use(monkeypatch, world):

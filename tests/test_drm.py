@@ -508,6 +508,13 @@ def test_classes_of_one_name(capsys, tmp_path):
             join(tmp_path, wrong, english, latin)
 
 
+def test_classes_of_one_description_are_said(capsys, tmp_path):
+    """The cd head gives them equal logits. Of one name they may be: ImageNet's two "missile"."""
+    names, told = ["ant", "bee", "cow", "ant"], [("ant", "A"), ("bee", "B"), ("cow", "B")]
+    assert join(tmp_path, told, names) == [["A"], ["B"], ["B"], ["A"]]
+    assert capsys.readouterr().out.count("cannot tell apart ['bee', 'cow']") == 1
+
+
 @pytest.mark.parametrize("pairs, words", [
     *(([(key, "text") for key in keys.split()], words) for keys, words in (
         ("ant", "bee cow"), ("", "ant bee cow"), ("cat ant bee", "cow cat"),  # missing, unknown
