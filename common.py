@@ -1705,6 +1705,10 @@ FREE = {"data_dir", "resume", "workers", "save_every", "found"}  # on --resume
 # Flags that --finetuned brings from its run: they tell the held-out images and theta_0.
 INHERITED = {"data", "holdout", "limit", "shots", "seed", "model", "pretrained"}
 
+# Flags that --finetuned, which trains nothing, does not read
+OF_TRAINING = {"epochs", "steps", "batch_size", "accum", "lr", "wd", "warmup", "grad_clip",
+               "augment", "keep", "compile", "grad_checkpointing", "save_every"}
+
 
 def parse(p, method, recipes, inherited=(), variant=None):
     """Flags: those given, over those of --resume or --finetuned's run, the recipe, the defaults.
@@ -1725,9 +1729,12 @@ def parse(p, method, recipes, inherited=(), variant=None):
         fixed = run.keys() & INHERITED
     elif "predict" in given:
         raise Fail("--predict: needs a finished run, as --finetuned RUN")
-    unused = given.keys() - {"method", "finetuned", "predict", "precision", "workers", *inherited}
-    if "predict" in given and unused:
-        raise Fail(f"--predict: does not use {', '.join(map(flag, sorted(unused)))}")
+    unused = given.keys() & OF_TRAINING if "finetuned" in given else set()
+    if "predict" in given:
+        unused = given.keys() - {"method", "finetuned", "predict", "precision", "workers",
+                                 *inherited}
+    if unused:
+        raise Fail(f"{', '.join(map(flag, sorted(unused)))}: would do nothing, nothing is trained")
     for key in fixed & given.keys():
         if given[key] != run.get(key):
             raise Fail(f"{flag(key)} {given[key]}: the run has {run.get(key)!r}")

@@ -254,7 +254,9 @@ def test_a_torn_log_does_not_end_a_resumed_run(world, tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_would_do_nothing_are_refused(world, tmp_path, script):
     line = complaint(script, "--predict", world.tree, "--finetuned", tmp_path, "--lr", 1)
-    assert "--predict" in line and "--lr" in line
+    assert "--lr" in line and "nothing is trained" in line
+    line = complaint(script, *world.base, "--finetuned", tmp_path / "x.pt", "--steps", 5, "--wd", 0)
+    assert "--steps, --wd: would do nothing" in line
     line = complaint(script, "--pretrained", "laion2b", "--out", tmp_path / "new")
     assert "--pretrained laion2b" in line and "shapes-clip" in line
 
