@@ -1729,11 +1729,10 @@ def parse(p, method, recipes, inherited=(), variant=None):
         fixed = run.keys() & INHERITED
     elif "predict" in given:
         raise Fail("--predict: needs a finished run, as --finetuned RUN")
-    unused = given.keys() & OF_TRAINING if "finetuned" in given else set()
+    unread = OF_TRAINING if "finetuned" in given else set()
     if "predict" in given:
-        unused = given.keys() - {"method", "finetuned", "predict", "precision", "workers",
-                                 *inherited}
-    if unused:
+        unread = p.defaults.keys() - {"finetuned", "predict", "precision", "workers", *inherited}
+    if unused := given.keys() & unread:
         raise Fail(f"{', '.join(map(flag, sorted(unused)))}: would do nothing, nothing is trained")
     for key in fixed & given.keys():
         if given[key] != run.get(key):
@@ -1757,12 +1756,17 @@ def parse(p, method, recipes, inherited=(), variant=None):
     wrong = sorted(recipe.keys() - defaults.keys()) or [k for k, v in args.items() if v is None]
     if wrong not in (["epochs"], ["steps"]):
         raise Fail(f"{method}.py, --data {data}: no flag, or no value: {', '.join(wrong)}")
-    for key, (low, high) in p.within.items():
+    check_values(args, p.within)
+    return argparse.Namespace(**args)
+
+
+def check_values(args, within):
+    """Fail on a number outside of within[flag], or on what is no number."""
+    for key, (low, high) in within.items():
         for number in args[key] if isinstance(args[key], list) else [args[key]]:
             if number is not None and not (isinstance(number, (int, float))
                                            and low <= number <= high):
                 raise Fail(f"{flag(key)} {number}: not a number from {low:g} to {high:g}")
-    return argparse.Namespace(**args)
 
 
 def flag(key):
