@@ -256,7 +256,7 @@ def test_a_broken_training_image_is_one_line_and_the_run_goes_on(tmp_path, tiny_
     out = tmp_path / "r"
     message = complaint("lipsum_ft.py", *flags, "--out", out)
     assert str(file) in message and "cannot be read as an image" in message
-    assert f"--resume {out}" in message
+    assert f"put a readable one of that name in its place; --resume {out}" in message
     assert len(log_of(out)) == 5 and not (out / "results.json").exists()  # all steps before it
     assert torch.load(out / "last.ckpt", weights_only=True)["next"][0] == 5
     assert str(file) in complaint("lipsum_ft.py", "--resume", out)  # still broken
@@ -536,6 +536,13 @@ def test_stdout_of_the_command_is_nothing_but_the_lines(runs):
     got = [line.split("\t") for line in done.stdout.splitlines()][1:]
     assert done.returncode == 0 and [line[:2] for line in got] == [line[:2] for line in want]
     assert "broken.jpg: cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["wise_ft.py", "lipsum_ft.py"])
+def test_a_run_of_two_heads_is_not_predicted_by_one(runs, script):
+    """The df head alone answered dog where the mixture says cat."""
+    line = complaint(script, "--finetuned", runs.tmp / "drm", "--predict", runs.new)
+    assert "has two heads" in line and str(runs.tmp / "drm") in line
 
 
 def test_files_of_any_name_are_predicted_one_by_one_or_in_folders(runs, tmp_path):
