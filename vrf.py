@@ -377,7 +377,8 @@ def main():
         plot_ratio(d_test, class_zs == labels, class_ft == labels, state, setup.out / "ratio.png")
         common.write_json(setup.out / "vrf.json", state)
         common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
-    common.finish(setup, results, curves, vrf=state, **curves,
+    common.finish(setup, results, {f"{name}, alpha": line for name, line in curves.items()},
+                  vrf=state, **curves,
                   grid=[(a, b, *points[f"VRF {i}"]) for i, (a, b) in enumerate(grid)])
 
 
