@@ -170,7 +170,8 @@ def zero_shot_head(clip_model, tokenizer, classnames, templates):
     tokens = tokenizer(texts, context_length=context + 1)
     lengths = (tokens != tokens[:, -1:]).sum(dim=1)  # a short text ends in padding
     longest = texts[int(lengths.argmax())]
-    tokenize([longest.format(name) for name in classnames], tokenizer, context)  # may refuse
+    # Refuses what open_clip would cut without a word
+    tokenize([longest.format(name) for name in classnames], tokenizer, context)
     return open_clip.build_zero_shot_classifier(clip_model, tokenizer, classnames, templates,
                                                 device=device).T
 
