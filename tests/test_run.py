@@ -167,6 +167,11 @@ def test_five_kills_at_random_moments_leave_the_same_weights(tmp_path, tiny_vit)
     assert whole == killed and len(losses_of(tmp_path / "whole")) == 300
 
 
+def heard():
+    """A job in a shell's background starts with Ctrl-C ignored, which a run respects."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_stop_signal_saves_and_tells_how_to_go_on(tmp_path, tiny_vit, number):
     """Ctrl-C reaches the workers too."""
@@ -175,7 +180,7 @@ def test_a_stop_signal_saves_and_tells_how_to_go_on(tmp_path, tiny_vit, number):
              "--steps", 100, "--no-baseline"]
     begun = command("lipsum_ft.py", *flags, "--workers", 1, "--out", tmp_path / "r")
     process = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=ENV, start_new_session=True)
+                               env=ENV, start_new_session=True, preexec_fn=heard)
     log = tmp_path / "r" / "log.jsonl"
     while not log.exists() or not log.read_text():
         assert process.poll() is None
