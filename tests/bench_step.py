@@ -51,7 +51,7 @@ CONTEXT, CHUNK = 77, 256  # positions of a text; texts that drm.py encodes at on
 # Distinct tokens, with padding, of 1,000 x "a good photo of the {}." (1,499) and of the authors'
 # descriptions, prompts/imagenet_cd.json (2,034)
 USED = 3032
-FLAGS = argparse.Namespace(finetuned="", grad_checkpointing=False, lr=1e-6, wd=0.0, compile=False)
+FLAGS = dict(finetuned="", grad_checkpointing=False, lr=1e-6, wd=0.0)
 
 
 class Case(NamedTuple):
@@ -103,7 +103,7 @@ def new_clip(name, device):
         return open_clip.create_model(name, device=device).eval()
 
 
-def contenders(names, case, labels, device, amp=None):
+def contenders(names, case, labels, device, amp=None, compiled=False):
     """{method: (what its loss calls, loss_fn)}; those that train the same share it."""
     clip, owner = new_clip(case.model, device), torch.arange(case.classes)
     head = F.normalize(torch.randn(case.classes, clip.text_projection.shape[1]), dim=1)
@@ -124,7 +124,8 @@ def contenders(names, case, labels, device, amp=None):
     every = {"plain": (image, wise_ft.cross_entropy), "Lipsum-FT": (image, lipsum),
              "FLYP": (captioned, flyp), "FLYP cut": (dual, drm.make_loss(0.0, *about_0)),
              "DRM": (dual, drm.make_loss(1.0, *about_0))}
-    trained = functools.cache(lambda make: common.trainable(make(), FLAGS, ())[1])
+    flags = argparse.Namespace(**FLAGS, compile=compiled)
+    trained = functools.cache(lambda make: common.trainable(make(), flags, ())[1])
     return {name: (trained(every[name][0]), every[name][1]) for name in names}
 
 
@@ -212,12 +213,13 @@ def print_hours(case, use=0.4):
 
 # ---- Measuring ----
 
-def measure(names, case, steps):
+def measure(names, case, steps, compiled):
     """{method: seconds of each step}"""
     device, amp = common.DEVICE, torch.bfloat16 if common.CUDA else None
     wait = torch.cuda.synchronize if common.CUDA else lambda: None
-    own = contenders(names, case, case.batch_on(device)[1], device, amp)
-    optimizers = {runner: common.make_optimizer(runner, FLAGS) for runner, _ in own.values()}
+    own = contenders(names, case, case.batch_on(device)[1], device, amp, compiled)
+    flags = argparse.Namespace(**FLAGS)
+    optimizers = {runner: common.make_optimizer(runner, flags) for runner, _ in own.values()}
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     seconds, warm_up = {name: [] for name in own}, 3 if common.CUDA else 1
     for step in range(steps + warm_up):
@@ -234,12 +236,13 @@ def measure(names, case, steps):
 
 def print_times(case, a):
     names = [a.only] if a.only else NAMES
-    seconds, counted = measure(names, case, a.steps), count(case, names)
+    seconds, counted = measure(names, case, a.steps, a.compile), count(case, names)
     card = torch.cuda.get_device_name() if common.CUDA else "CPU"
     print(f"{card}, {torch.get_num_threads()} threads, {a.steps} steps, {case}")
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, t in median.items():
         line = f"{name:10}{1000 * t:9.1f} ms a step,{case.batch / t:8.1f} images/s"
+        line += f", {2e-12 * counted[name] / t:.2f} TFLOP/s"
         for other in ("plain", "FLYP") if not a.only else ():
             line += (f", {t / median[other]:.3f} x {other} (counted "
                      f"{counted[name] / counted[other]:.3f})")
@@ -261,7 +264,7 @@ def main():
                    help="the longest of each 256 descriptions, ascending")
     p.add_argument("--steps", type=int, default=3, help="timed steps of each method")
     p.add_argument("--only", choices=NAMES)
-    for flag in ("--count", "--hours"):
+    for flag in ("--count", "--hours", "--compile"):
         p.add_argument(flag, action="store_true")
     a = p.parse_args()
     logging.disable()  # open_clip warns of random weights
