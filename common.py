@@ -284,11 +284,9 @@ class ImageSet(torch.utils.data.Dataset):
         if not self.on_disk:
             return self.transform(Image.fromarray(self.images[i]))
         path = os.fsdecode(self.images[i])
-        try:
+        with told(f"{path}: cannot be read as an image",
+                  "; put a readable one of that name in its place"):
             return self.transform(ImageOps.crop(read_image(path), self.border))
-        except Exception as error:  # decoders raise a dozen types
-            raise Fail(f"{path}: cannot be read as an image ({in_short(error)}); put a readable "
-                       "one of that name in its place") from None
 
     def normalized(self, pixels):
         """uint8 (B, 3, H, W) -> (pixels / 255 - mean) / std, as open_clip's transform."""
@@ -709,10 +707,8 @@ def write_json(path, value):
 
 def read_json(path, pairs=None):
     """JSON of a file; pairs=list: objects as lists of (key, value), for keys that repeat."""
-    try:
+    with told(f"{path}: not valid JSON", "", OSError):
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
-    except ValueError as error:
-        raise Fail(f"{path}: not valid JSON ({error})") from None
 
 
 # ---- Devices and ranks ----
@@ -833,11 +829,8 @@ def load_checkpoint(path, parts):
     """What save_checkpoint() was given as next_, or None; parts take their state; runs no code."""
     if not path.is_file():
         return None
-    try:
+    with told(f"{path}: cannot be read", "; remove it to train from the start"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn or foreign file raises a dozen types
-        raise Fail(f"{path}: cannot be read ({in_short(error)}); remove it to train from the "
-                   "start") from None
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["next"]
@@ -850,11 +843,8 @@ def save_checkpoint(path, parts, next_):
     if not all(x.isfinite().all() for x in state["model"].values()):
         raise Fail(f"step {next_[0]}: the weights are not finite; lower --lr")
     if RANK == 0:
-        try:
+        with told(f"{path}: could not be written", "; is the disk full? The one before is kept"):
             torch.save({**state, "next": next_}, f"{path}.tmp")
-        except (OSError, RuntimeError) as error:
-            raise Fail(f"{path}: could not be written ({in_short(error)}); is the disk full? The "
-                       "one before is kept") from None
         os.replace(f"{path}.tmp", path)
 
 
@@ -904,12 +894,10 @@ def load_clip(args):
     file = not own and not open_clip.get_pretrained_cfg(name, tag) and Path(tag).is_file()
     # Weights trained with QuickGELU in a model without it lose accuracy silently.
     warnings.filterwarnings("error", message="QuickGELU mismatch")
-    try:
+    source = name if own else f"{name} --pretrained {tag}"
+    with told(f"--model {source}: cannot be loaded"):
         clip_model = open_clip.create_model(name, None if own or file else tag, device=DEVICE,
                                             require_pretrained=not file)
-    except Exception as error:  # a torn or foreign folder raises a dozen types
-        source = name if own else f"{name} --pretrained {tag}"
-        raise Fail(f"--model {source}: {in_short(error)}") from None
     if file:
         take(clip_model, read_weights(Path(tag)), tag)
     clip_model.visual.output_tokens = False  # CoCa's: its features alone
@@ -961,7 +949,8 @@ def read_weights(path):
     become ours.
     """
     path.stat()  # the system's sentence on a missing file
-    try:
+    with told(f"{path}: not a state dict that can be read as numbers alone",
+              "; save model.state_dict() where it was trained"):  # a pickle that names code, ...
         found = load_file(path) if path.suffix == ".safetensors" else \
             torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model_state_dict", "model"):
@@ -971,10 +960,6 @@ def read_weights(path):
                 found = {name.removeprefix(prefix): value for name, value in found.items()}
         return {WISE_FT.get(name, name.removeprefix("image_encoder.model.")): value
                 for name, value in found.items()}
-    except Exception as error:  # a pickle that names code, TorchScript, a torn file, no dict
-        raise Fail(f"{path}: not a state dict that can be read as numbers alone "
-                   f"({in_short(error)[:60]}); save model.state_dict() where it was trained"
-                   ) from None
 
 
 def take(model, weights, source):
@@ -1001,13 +986,11 @@ def load_run(folder, amp):
     if not (folder / "head.safetensors").is_file():
         raise Fail(f"--finetuned {folder}: no head.safetensors there: not a finished run, or one "
                    "whose models are in its subfolders")
-    try:
+    with told(f"--finetuned {folder}: cannot be read"):
         clip_model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
         tensors = load_file(folder / "head.safetensors")
         with safe_open(folder / "head.safetensors", "pt") as f:
             classnames = json.loads(f.metadata()["about"])["classnames"]
-    except Exception as error:  # a torn or foreign file
-        raise Fail(f"--finetuned {folder}: cannot be read ({in_short(error)})") from None
     take(clip_model, read_weights(folder / "open_clip_model.safetensors"), folder)
     clip_model.visual.output_tokens = False
     model = ImageClassifier(clip_model.visual, tensors["head"], tensors["scale"],
@@ -1245,15 +1228,9 @@ def embedded():
 # `folder` is a tree of the user's; the papers' data sets are read from the trees in which they
 # are published, below --data-dir (README.md has a table). Files are only listed here.
 
-@contextmanager
 def as_published(what):
-    """Whatever a reader raises over a file that is not as published, in one sentence."""
-    try:
-        yield
-    except (Fail, OSError):  # they name the file
-        raise
-    except Exception as error:  # numpy, zipfile, csv and json raise a dozen types
-        raise Fail(f"{what}: not as published ({error!r:.150}); README.md has the trees") from None
+    """Names what is not as published. An OSError passes: it names its file itself."""
+    return told(f"{what}: not as published", "; README.md has the trees", OSError)
 
 
 def read_tests(args, tests):
@@ -1476,10 +1453,8 @@ def cifar10_data(root, args):
 
     CIFAR-10's files are pickles, that is, programs: torchvision checks their MD5 first.
     """
-    try:
+    with as_published(root / "cifar-10-batches-py"):
         train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
-    except RuntimeError as error:
-        raise Fail(f"{root / 'cifar-10-batches-py'}: {in_short(error)}") from None
     tests = read_tests(args, {
         "cifar10": (ImageSet, test.data, test.targets),
         "cifar10.1": (cifar10_1, root / "CIFAR-10.1/datasets"),
@@ -1623,8 +1598,17 @@ def say(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def in_short(error):
-    return (" ".join(str(error).split()) or repr(error))[:150]
+@contextmanager
+def told(what, advice="", *passing):
+    """Whatever is raised in it, but Fail and the types `passing`, as a Fail with its first
+    sentence: the next may advise what is unsafe."""
+    try:
+        yield
+    except (Fail, *passing):
+        raise
+    except Exception as error:  # readers and decoders raise a dozen types
+        reason = " ".join(str(error).split()).split(". ")[0][:150] or repr(error)
+        raise Fail(f"{what} ({reason}){advice}") from None
 
 
 def absolute(path):
