@@ -473,8 +473,7 @@ def optimizer_step(runner, loss_fn, parts, optimizer, scaler, grad_clip):
             means[name] = means.get(name, 0) + value.detach() / len(parts)
     scaler.unscale_(optimizer)
     if grad_clip:
-        trained = sum((group["params"] for group in optimizer.param_groups), [])
-        nn.utils.clip_grad_norm_(trained, grad_clip)
+        nn.utils.clip_grad_norm_(list(runner.parameters()), grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
