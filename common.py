@@ -147,16 +147,14 @@ def encode_texts(clip_model, tokens):
 
 def tokenize(texts, tokenizer, context):
     """Tokens (m, context) of texts. One that would be cut is refused, and two that become one."""
-    beyond = tokenizer(texts, context_length=context + 1)[:, context]
+    tokens, of_tokens = tokenizer(texts, context_length=context + 1), {}
     pad = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", 0)
-    for text, token in zip(texts, beyond.tolist()):
-        if token != pad:
-            raise Fail(f"longer than the {context} tokens of the text tower: '{text[:80]}...'")
-    tokens, of_tokens = tokenizer(texts, context_length=context), {}
     for text, key in zip(texts, map(tuple, tokens.tolist())):
+        if key[context] != pad:
+            raise Fail(f"longer than the {context} tokens of the text tower: '{text[:80]}...'")
         if of_tokens.setdefault(key, text) != text:  # in case or spaces
             raise Fail(f"'{of_tokens[key]}' and '{text}' are one text to the tokenizer")
-    return tokens
+    return tokens[:, :context]
 
 
 def zero_shot_head(clip_model, tokenizer, classnames, templates):
