@@ -330,7 +330,7 @@ def load_data(args):
         if images.labels.max() >= len(space):
             raise Fail(f"{images.name}: label {images.labels.max()} of {len(space)} classes")
     if data.val is None:
-        most = min(args.shots, 4) or None
+        most = min(args.shots, 4) or math.inf
         data.train, data.val = hold_out(data.train, args.holdout, most)
     if args.shots:
         for name, n in data.counts():
@@ -358,12 +358,10 @@ def sample_classes(images, seed, count):
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def hold_out(train, share, most=None):
+def hold_out(train, share, most=math.inf):
     """(train, val): every class gives `share` of its images, never its last and at most `most`;
     the same whatever the seed."""
-    def count(n):
-        return min(round(share * n), n - 1, n if most is None else most)
-    held = sample_classes(train, 0, count)
+    held = sample_classes(train, 0, lambda n: min(round(share * n), n - 1, most))
     kept = np.setdiff1d(np.arange(len(train)), held)
     return train.subset(kept), train.subset(held).but(name="val")
 
