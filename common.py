@@ -53,6 +53,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.utils.data import BatchSampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -558,9 +559,8 @@ def collect(function, images, setup):
 
     Each image is read once. Batches are dealt out to the ranks and put back.
     """
-    batches = torch.arange(len(images)).split(EVAL_BATCH)[RANK::WORLD]
-    loader = image_loader(images, [b.tolist() for b in batches], setup.args.workers)
-    found = []
+    batches = list(BatchSampler(range(len(images)), EVAL_BATCH, False))[RANK::WORLD]
+    loader, found = image_loader(images, batches, setup.args.workers), []
     for pixels, labels, index in tqdm(loader, images.name, disable=RANK > 0 or None, leave=False):
         x = images.normalized(pixels.to(DEVICE, non_blocking=True))
         result = function(x, labels.to(DEVICE, non_blocking=True))
@@ -1079,12 +1079,12 @@ def predict(args, model, classnames, probabilities, columns=()):
     files = [p for p in found if is_image(p) and not any(map(hidden, p.relative_to(root).parts))]
     images = Pictures(f"--predict {root}", files, [0] * len(files))
     images.prepare(PreprocessCfg(**model.visual.preprocess_cfg))
-    batches = torch.arange(len(images)).split(32)[RANK::WORLD]
+    batches = list(BatchSampler(range(len(images)), 32, False))[RANK::WORLD]
     table = csv.writer(sys.stdout, "excel-tab", lineterminator="\n")
     if RANK == 0:
         print(f"{len(found) - len(files)} files are no images by their names", file=sys.stderr)
         table.writerow(["path", "class", "probability", *columns])
-    for read in image_loader(images, [b.tolist() for b in batches], args.workers, list):
+    for read in image_loader(images, batches, args.workers, list):
         if read:
             pixels, _, index = zip(*read)
             probs, *more = probabilities(images.normalized(torch.stack(pixels).to(DEVICE)))
