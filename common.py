@@ -790,32 +790,22 @@ def own_group(_):
 @contextmanager
 def stop_signals():
     """A list that SIGTERM, SIGHUP and Ctrl-C fill, instead of ending the process."""
-    came, signals = [], (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # under nohup
-
-    def note(number, _):
-        came.append(number)
-    before = [signal.signal(s, note) for s in signals]
+    came, before = [], {}
+    for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
+            before[s] = signal.signal(s, lambda number, _: came.append(number))
     try:
         yield came
     finally:
-        for s, handler in zip(signals, before):
+        for s, handler in before.items():
             signal.signal(s, handler)
-
-
-class Lines(tqdm):
-    """A progress bar as lines, for log files."""
-
-    @staticmethod
-    def status_printer(file):
-        return lambda text: print(text, file=file, flush=True)
 
 
 def progress(first, total, name):
     """A progress bar in a terminal, a line a minute elsewhere."""
-    bar, seconds = (tqdm, 0.1) if sys.stderr.isatty() else (Lines, 60)
-    return bar(desc=name, total=total, initial=first, disable=RANK > 0, mininterval=seconds,
-               maxinterval=60)
+    seconds, form = (0.1, None) if sys.stderr.isatty() else (60, "{l_bar}{r_bar}\n")
+    return tqdm(desc=name, total=total, initial=first, disable=RANK > 0, mininterval=seconds,
+                maxinterval=60, bar_format=form)
 
 
 # ---- Checkpoints and logs ----
