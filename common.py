@@ -1142,31 +1142,28 @@ def print_table(results, measure):
         say(f"{row:<{wide}}" + "".join(f"{cell:>10.2f}" for cell in cells))
 
 
-def pyplot():
-    """matplotlib.pyplot, or None with a hint."""
+def new_figure(*size):
+    """A figure of matplotlib, or None with a hint."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return say("no figures: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+    return Figure(size, layout="constrained")
 
 
 def plot_training(out):
     """Loss and held-out accuracy against steps, of log.jsonl."""
-    plt = pyplot()
-    if plt is None:
+    figure = new_figure(6, 3.5)
+    if figure is None:
         return
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    ax = figure.subplots()
     sides = (ax, "loss", "C0-"), (ax.twinx(), "held_out_acc", "C1o-")
     for axis, key, style in sides:
         points = [(line["step"], line[key]) for line in lines if key in line]
         axis.plot(*np.array(points).reshape(-1, 2).T, style, markersize=4, linewidth=1)
         axis.set(xlabel="step", ylabel=key)
     figure.savefig(out / "training.png", dpi=150)
-    plt.close(figure)
 
 
 def plot_plane(points, lines, measure, path):
@@ -1174,10 +1171,10 @@ def plot_plane(points, lines, measure, path):
 
     The points of a line have their texts beside them where there is room.
     """
-    plt = pyplot()
-    if plt is None:
+    figure = new_figure(8, 4.5)
+    if figure is None:
         return
-    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    ax = figure.subplots()
     for (label, point), marker in zip(points.items(), "PXs*D^v<>hpd" * 3):
         ax.plot(*point, marker, markersize=10, label=label, zorder=3)
     texts = []  # of the points of lines
@@ -1195,7 +1192,6 @@ def plot_plane(points, lines, measure, path):
             ax.annotate(text, point, (4, 3), textcoords="offset points", fontsize=7, color=colour)
             taken.append(here)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ================================= Part 3: data =================================

@@ -279,10 +279,10 @@ def plot_ratio(d, right_zs, right_ft, state, path, bins=12):
 
     d, right_zs, right_ft (N,): the last two whether that model is right.
     """
-    plt = common.pyplot()
-    if plt is None or not state["failures"]:
+    figure = common.new_figure(6, 4.5)
+    if figure is None or not state["failures"]:
         return
-    figure, ax = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    ax = figure.subplots()
     parts = [part for part in d.argsort().tensor_split(bins) if right_zs[part].any()]
     ratio, = ax.plot([d[part].mean() for part in parts],
                      [right_ft[part].sum() / right_zs[part].sum() for part in parts], "o-")
@@ -293,7 +293,6 @@ def plot_ratio(d, right_zs, right_ft, state, path, bins=12):
     weights.set(ylabel=r"weight $\omega$(d) of the fine-tuned model", ylim=(0, 1))
     ax.legend([ratio, curve], ["ratio of accuracies", r"$\omega$(d)"])
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ---------------------------------------- main ----------------------------------------

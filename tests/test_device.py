@@ -119,7 +119,7 @@ def train(case, amp, accum, out, waits):
         return loss_fn(forward, batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "write_log", lambda *about: (waits("default"), write_log(*about)))
-        patch.setattr(common, "pyplot", lambda: None)
+        patch.setattr(common, "new_figure", lambda *_: None)
         common.train(model, strict, setup, out)
     return [json.loads(line)["loss"] for line in open(out / "log.jsonl")]
 
