@@ -1602,15 +1602,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    def add(self, name, default, help, group=None, within=None, **how):
-        """A flag of its default's type; within: the lowest and the highest number."""
+    def add(self, name, default, help, group=None, low=0, high=1e9, **how):
+        """A flag of its default's type; numbers are from low to high."""
         key, kind = name[2:].replace("-", "_"), type(default)
         if not how:
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         (group or self).add_argument(name, default=argparse.SUPPRESS, help=help, **how)
         self.defaults[key] = default
-        if within or kind in (int, float):
-            self.within[key] = within or (0, 1e9)
+        if how.get("type") in (int, float):
+            self.limits[key] = low, high
 
     def error(self, message):
         raise Fail(f"{message} (see --help)")
@@ -1619,18 +1619,17 @@ class Parser(argparse.ArgumentParser):
 def parser(doc):
     """The flags that all methods share. What is None here comes from RECIPES[--data]."""
     p = Parser(description=doc, allow_abbrev=False, formatter_class=Help, add_help=False)
-    p.defaults, p.within, length = {}, {}, p.add_mutually_exclusive_group()
+    p.defaults, p.limits, length = {}, {}, p.add_mutually_exclusive_group()
     p.add("--help", False, "show this, with the values of --data's recipe", action="store_true")
     p.add("--data", "shapes", "data set", choices=DATA)
     p.add("--data-dir", absolute("~/data"), "folder that holds the data set", type=absolute)
     p.add("--model", "ViT-B-16-quickgelu",
           "open_clip name, hf-hub:ORG/NAME or local-dir:PATH; shapes has its own")
     p.add("--pretrained", "", "open_clip tag, or weights file, of a named model; '' is openai")
-    p.add("--epochs", None, "passes over the training images", length, (1e-6, 1e9), type=float)
-    p.add("--steps", None, "optimiser steps, instead of --epochs", length, (1, 1e9), type=int)
-    p.add("--batch-size", 256, "images an optimiser step, over all ranks and --accum parts",
-          within=(1, 1e9))
-    p.add("--accum", 1, "parts of a step on each rank, to save memory", within=(1, 1e9))
+    p.add("--epochs", None, "passes over the training images", length, 1e-6, type=float)
+    p.add("--steps", None, "optimiser steps, instead of --epochs", length, 1, type=int)
+    p.add("--batch-size", 256, "images an optimiser step, over all ranks and --accum parts", low=1)
+    p.add("--accum", 1, "parts of a step on each rank, to save memory", low=1)
     p.add("--lr", 1e-5, "peak learning rate of AdamW")
     p.add("--wd", 0.0, "weight decay, on every trained parameter")
     p.add("--warmup", 0.1,
@@ -1642,7 +1641,7 @@ def parser(doc):
           "images", choices=["last", "best"])
     p.add("--shots", 0, "train on K images of each class; 0 is all")
     p.add("--holdout", 0.1, "share of the training images held out for choices, if the data has "
-          "no validation split; with --shots at most 4 a class", within=(0, 0.9))
+          "no validation split; with --shots at most 4 a class", high=0.9)
     p.add("--limit", 0, "images kept of each split, for a quick run; 0 is all")
     p.add("--tests", "all", "comma-separated shifts to evaluate, beside the ID test")
     p.add("--finetuned", "", "model to use instead of training: a finished run, an open_clip "
@@ -1654,7 +1653,7 @@ def parser(doc):
     p.add("--compile", False, "torch.compile the model")
     p.add("--grad-checkpointing", False, "less memory, more time")
     p.add("--workers", -1, "data-loading processes a rank; -1 is this machine's cores over its "
-          "ranks, or 0 for images in memory", within=(-1, 1e9))
+          "ranks, or 0 for images in memory", low=-1)
     p.add("--seed", 0, "of data order, augmentation and random draws")
     p.add("--out", "", "new folder for the run; '' is runs/METHOD-DATA-sSEED")
     p.add("--resume", "", "run folder to continue exactly, with its flags", type=absolute)
@@ -1722,13 +1721,13 @@ def parse(p, method, recipes, inherited=(), variant=None):
     wrong = sorted(recipe.keys() - defaults.keys()) or [k for k, v in args.items() if v is None]
     if wrong not in (["epochs"], ["steps"]):
         raise Fail(f"{method}.py, --data {data}: no flag, or no value: {', '.join(wrong)}")
-    check_values(args, p.within)
+    check_values(args, p.limits)
     return argparse.Namespace(**args)
 
 
-def check_values(args, within):
-    """Fail on a number outside of within[flag], or on what is no number."""
-    for key, (low, high) in within.items():
+def check_values(args, limits):
+    """Fail on a number outside of limits[flag], or on what is no number."""
+    for key, (low, high) in limits.items():
         for number in args[key] if isinstance(args[key], list) else [args[key]]:
             if number is not None and not (isinstance(number, (int, float))
                                            and low <= number <= high):

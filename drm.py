@@ -94,16 +94,15 @@ def get_args():
           "brings its own, and of folder it is descriptions.json", type=common.absolute)
     p.add("--prompt", "a photo of a {}.", "default prompt, {} is the class name")
     p.add("--lam", 1.0, "lambda, weight of the worst-case risk (paper: 1 to 5); 0 is FLYP")
-    p.add("--beta", 0.0, "weight of the df head at inference; 0 is 1 / (1 + lambda)",
-          within=(0, 1))
+    p.add("--beta", 0.0, "weight of the df head at inference; 0 is 1 / (1 + lambda)", high=1)
     p.add("--targets", "paper", "p_c: paper is Eq. (9); softmax the direct estimate (ablation "
           "c1); onehot the labels (c3)", choices=["paper", "softmax", "onehot"])
     p.add("--tau", 1.0, "temperature of Eq. (8)'s xi (paper: the model's, 0.01 for OpenAI's)",
-          within=(1e-6, 1e9))
+          low=1e-6)
     p.add("--erm", "flyp", "empirical risk: FLYP's contrastive loss, or cross-entropy of the df "
           "head", choices=["flyp", "ce"])
     p.add("--alpha", 0.0, "if above 0, also evaluate (1 - alpha) zero-shot + alpha DRM weights of "
-          "both towers", within=(0, 1))
+          "both towers", high=1)
     p.add("--baseline", False, "also train with lambda = 0 (ERM)")
     args = common.parse(p, "drm", RECIPES, ["descriptions", "prompt", "lam", "beta"])
     args.beta = args.beta or 1 / (1 + args.lam)  # Section 4.3

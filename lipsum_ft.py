@@ -62,8 +62,8 @@ def get_args():
     p = common.parser(__doc__)
     p.add("--lam", 1.0, "lambda, weight of the regulariser (official code: 1); 0 is plain "
           "fine-tuning")
-    p.add("--texts", 80, "M, random texts a step (official code: 80)", within=(1, 1e9))
-    p.add("--text-length", 8, "L, random tokens a text (official code: 8)", within=(1, 1e9))
+    p.add("--texts", 80, "M, random texts a step (official code: 80)", low=1)
+    p.add("--text-length", 8, "L, random tokens a text (official code: 8)", low=1)
     p.add("--freeze", "none", "part that is not trained", choices=["none", "head"])
     p.add("--baseline", False, "also train without the regulariser")
     return common.parse(p, "lipsum_ft", RECIPES)

@@ -74,10 +74,10 @@ FROZEN = {"none": (), "encoder": ("visual.",), "head": ("head", "bias")}
 def get_args():
     p = common.parser(__doc__)
     alpha = p.add_mutually_exclusive_group()
-    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)", alpha, (0, 1))
+    p.add("--alpha", 0.5, "coefficient of the model that is saved (paper: 0.5)", alpha, high=1)
     p.add("--select", False, "save the alpha that is best on held-out training images", alpha)
     p.add("--alphas", [round(0.1 * i, 1) for i in range(11)], "coefficients of the curve",
-          within=(0, 1), nargs="+", type=float)
+          high=1, nargs="+", type=float)
     p.add("--freeze", "none", "part that is not trained; encoder is the paper's linear classifier",
           choices=FROZEN)
     return common.parse(p, "wise_ft", RECIPES, variant="freeze")
