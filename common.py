@@ -1666,10 +1666,10 @@ OF_DATA = {"shapes": dict(model="shapes-clip", epochs=10, batch_size=64, lr=6e-4
                           warmup=0.1, augment="none"),
            "folder": dict(epochs=10, batch_size=64, lr=1e-5, warmup=0.1),
            "imagenet": dict(holdout=0.02), "domainnet": dict(holdout=0.02)}
-FREE = {"data_dir", "resume", "workers", "save_every", "found"}  # on --resume
-# Flags that --finetuned brings from its run: they tell the held-out images and theta_0.
-INHERITED = {"data", "holdout", "limit", "shots", "seed", "model", "pretrained"}
-
+FREE = {"data_dir", "resume", "workers", "save_every"}  # may differ from the run's
+# What --finetuned brings from its run: it tells the held-out images and theta_0.
+INHERITED = {"data", "data_dir", "found", "holdout", "limit", "shots", "seed", "model",
+             "pretrained"}
 # Flags that --finetuned, which trains nothing, does not read
 OF_TRAINING = {"epochs", "steps", "batch_size", "accum", "lr", "wd", "warmup", "grad_clip",
                "augment", "keep", "compile", "grad_checkpointing", "save_every"}
@@ -1682,26 +1682,26 @@ def parse(p, method, recipes, inherited=(), variant=None):
     its run, and that may be given; variant: a flag whose values may have recipes too.
     """
     given, defaults = vars(p.parse_args()) | {"method": method}, p.defaults
-    run, fixed = {}, set()
+    run, free = {}, FREE
     if "resume" in given:
         run = run_flags(Path(given["resume"]))
-        fixed = run.keys() - FREE | {"method"}
     elif "finetuned" in given:
         path = Path(given["finetuned"])
         folders = [folder for folder in (path, path.parent) if (folder / "args.json").is_file()]
         run = run_flags(folders[0]) if folders else {}
-        run = {key: run[key] for key in run.keys() & {*INHERITED, *inherited, "data_dir", "found"}}
-        fixed = run.keys() & INHERITED
+        run = {key: run[key] for key in run.keys() & {*INHERITED, *inherited}}
+        free = FREE | {*inherited}
     elif "predict" in given:
         raise Fail("--predict: needs a finished run, as --finetuned RUN")
     unread = OF_TRAINING if "finetuned" in given else set()
     if "predict" in given:
-        unread = p.defaults.keys() - {"finetuned", "predict", "precision", "workers", *inherited}
+        read = {"help", "finetuned", "predict", "precision", "workers", *inherited}
+        unread = defaults.keys() - read
     if unused := given.keys() & unread:
         raise Fail(f"{', '.join(map(flag, sorted(unused)))}: would do nothing, nothing is trained")
-    for key in fixed & given.keys():
-        if given[key] != run.get(key):
-            raise Fail(f"{flag(key)} {given[key]}: the run has {run.get(key)!r}")
+    for key in run.keys() & given.keys() - free:
+        if given[key] != run[key]:
+            raise Fail(f"{flag(key)} {given[key]}: the run has {run[key]!r}")
     data = {**defaults, **run, **given}["data"]
     if "data_dir" in given and data == "shapes":
         raise Fail(f"--data-dir {given['data_dir']}: of which --data?")
