@@ -1267,6 +1267,11 @@ def plain(name):
     return unicodedata.normalize("NFC", name)
 
 
+def numbered(names):
+    """{name: its place among them}"""
+    return {name: place for place, name in enumerate(names)}
+
+
 def class_tree(name, path, labels, own_space=False, partial=False, **how):
     """ImageSet of path/FOLDER/*.jpg with labels[FOLDER]; a folder in FOLDER is refused.
 
@@ -1317,7 +1322,7 @@ def folder_data(root, args):
     if unread := sorted(set(subfolders(root)) - {"train", "val", "test", "shifts"}):
         say(f"{root}: not read: {', '.join(unread)}; read are train, val, test and shifts/NAME")
     folders = [plain(folder) for folder in subfolders(root / "train")]
-    labels = {folder: label for label, folder in enumerate(folders)}
+    labels = numbered(folders)
     tests = {"test": (class_tree, root / "test", labels)}
     for name in subfolders(root / "shifts") if (root / "shifts").exists() else []:
         if name.lower() in {"train", "val", "test", "ood", "nll", "nll ood", "ece", "ece ood"}:
@@ -1363,8 +1368,7 @@ def imagenet_data(root, args):
     """
     from timm.data import ImageNetInfo
     # label_names() are the WNIDs in the order of open_clip's IMAGENET_CLASSNAMES
-    wnids = {wnid: label for label, wnid in enumerate(ImageNetInfo().label_names())}
-    numbers = {str(label): label for label in range(1000)}
+    wnids, numbers = numbered(ImageNetInfo().label_names()), numbered(map(str, range(1000)))
     tests = read_tests(args, {
         "imagenet": (class_tree, root / "imagenet/val", wnids),
         "v2": (class_tree, root / "imagenetv2-matched-frequency-format-val", numbers),
@@ -1374,8 +1378,8 @@ def imagenet_data(root, args):
         "objectnet": (objectnet, root / "objectnet-1.0"),
     })
     train = class_tree("train", root / "imagenet/train", wnids)
-    return Data(list(open_clip.IMAGENET_CLASSNAMES), list(open_clip.OPENAI_IMAGENET_TEMPLATES),
-                train, None, tests)
+    return Data(list(open_clip.IMAGENET_CLASSNAMES), open_clip.OPENAI_IMAGENET_TEMPLATES, train,
+                None, tests)
 
 
 def objectnet(name, path):
@@ -1395,10 +1399,9 @@ def objectnet(name, path):
     for folder, label in sorted(label_of_folder.items()):
         if label in names_of_label:
             ids[folder] = [id_of_name[n] for n in names_of_label[label].split("; ")]
-    labels = {folder: label for label, folder in enumerate(ids)}
     say(f"{name}: its label space are the {len(ids)} classes that its mappings join")
-    return class_tree(name, path / "images", labels, partial=True, classes=list(ids.values()),
-                      border=2)
+    return class_tree(name, path / "images", numbered(ids), partial=True,
+                      classes=list(ids.values()), border=2)
 
 
 def domainnet_data(root, args):
@@ -1409,7 +1412,7 @@ def domainnet_data(root, args):
     train = domainnet_list("train", root / "real_train.txt", classes)
     tests = {d: (domainnet_list, root / f"{d}_test.txt", classes) for d in domains}
     return Data([classes[label] for label in range(len(classes))],
-                list(open_clip.OPENAI_IMAGENET_TEMPLATES), train, None, read_tests(args, tests))
+                open_clip.OPENAI_IMAGENET_TEMPLATES, train, None, read_tests(args, tests))
 
 
 def domainnet_list(name, listing, classes):
@@ -1442,7 +1445,7 @@ def cifar10_data(root, args):
         "cifar10.2": (cifar10_2, root / "cifar-10.2/cifar102_test.npz"),
         "stl10": (stl10, root / "stl10_binary", train.classes),
     })
-    return Data(train.classes, list(open_clip.OPENAI_IMAGENET_TEMPLATES),
+    return Data(train.classes, open_clip.OPENAI_IMAGENET_TEMPLATES,
                 ImageSet("train", train.data, train.targets), None, tests)
 
 
@@ -1461,7 +1464,7 @@ def stl10(name, folder, names):
     classes that both data sets have are the label space, in the order of CIFAR-10's names."""
     pixels = np.fromfile(folder / "test_X.bin", np.uint8).reshape(-1, 3, 96, 96)
     numbers = np.fromfile(folder / "test_y.bin", np.uint8)
-    id_of_name = {own: i for i, own in enumerate(names)}
+    id_of_name = numbered(names)
     id_of_name["car"] = id_of_name["automobile"]
     own_names = (folder / "class_names.txt").read_text().split()
     ids = np.array([id_of_name.get(own, -1) for own in own_names])[numbers - 1]
@@ -1493,21 +1496,23 @@ def iwildcam_data(root, args):
     papers: 178 different names for 182 classes, of which those of one name share a text head.
     """
     root = root / "iwildcam_v2.0"
-    metadata, latin = root / "metadata.csv", read_csv(root / "categories.csv", "y", "name")
-    names = latin = {int(y): name.lower() for y, name in latin if y != "99999"}
+    metadata, rows = root / "metadata.csv", defaultdict(list)
+
+    def class_names(file, column):
+        found = read_csv(root / file, "y", column)
+        found = {int(y): name.lower() for y, name in found if y != "99999"}
+        return [found[y] for y in range(len(found))]
+    names = latin = class_names("categories.csv", "name")
     if (root / "labels.csv").is_file():
-        english = read_csv(root / "labels.csv", "y", "english")
-        names = {int(y): name.lower() for y, name in english if y != "99999"}
+        names = class_names("labels.csv", "english")
     else:
         say(f"class names are Latin: labels.csv of the WiSE-FT code is not in {root}")
-    rows = defaultdict(list)
     for split, file, y in read_csv(metadata, "split", "filename", "y"):
         rows[split].append((f"{root}/train/{file}", int(y)))
     split = functools.partial(wilds_split, metric="macro_f1")
     tests = read_tests(args, {test: (split, metadata, rows[test]) for test in ("id_test", "test")})
-    return Data([names[y] for y in range(len(names))], ["a photo of {}."],
-                split("train", metadata, rows["train"]), split("val", metadata, rows["id_val"]),
-                tests, aliases=[latin[y] for y in range(len(names))])
+    return Data(names, ["a photo of {}."], split("train", metadata, rows["train"]),
+                split("val", metadata, rows["id_val"]), tests, aliases=latin)
 
 
 def fmow_data(root, args):
@@ -1516,15 +1521,13 @@ def fmow_data(root, args):
     the papers' prompts. The groups are five regions."""
     root = root / "fmow_v1.1"
     metadata = root / "rgb_metadata.csv"
-    regions = ["Asia", "Europe", "Africa", "Americas", "Oceania"]
+    regions = numbered(["Asia", "Europe", "Africa", "Americas", "Oceania"])
     countries = dict(read_csv(root / "country_code_mapping.csv", "alpha-3", "region"))
     images = read_csv(metadata, "split", "category", "country_code", "timestamp")
     names = sorted({category for _, category, _, _ in images})
-    labels = {name: label for label, name in enumerate(names)}
-    rows = defaultdict(list)
+    labels, rows = numbered(names), defaultdict(list)
     for i, (split, category, country, when) in enumerate(images):
-        region = countries.get(country)
-        group = regions.index(region) if region in regions else -1
+        group = regions.get(countries.get(country), -1)
         row = f"{root}/images/rgb_img_{i}.png", labels[category], group
         if when < "2013" or when >= "2016":
             rows[split, when >= "2016"].append(row)
