@@ -233,6 +233,7 @@ class ImageSet(torch.utils.data.Dataset):
     groups: (N,) int, the group of each image, -1 (the default) is none.
     border: pixels cut from each side of an image before the transform.
     """
+    transform = preprocess = seed = None
 
     def __init__(self, name, images, labels, classes=None, metric="acc", groups=None, border=0):
         if not len(labels) or len(labels) != len(images):
@@ -246,8 +247,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.name, self.images, self.metric, self.border = name, images, metric, border
         self.labels = torch.as_tensor(np.asarray(labels)).long()
         self.groups = torch.as_tensor([-1] * len(labels) if groups is None else groups)
-        self.classes, self.transform, self.preprocess, self.seed = classes, None, None, None
-        self.on_disk = images.ndim == 1
+        self.classes, self.on_disk = classes, images.ndim == 1
 
     def but(self, **changes):
         """A copy in which some attributes are others."""
@@ -548,7 +548,7 @@ def held_out(model, predict, setup, best, log, step):
     if setup.args.keep == "last" or accuracy <= best.get("accuracy", -1):
         return best
     weights = {name: x.cpu().clone() for name, x in model.state_dict().items()}
-    return {"accuracy": accuracy, "step": step, "model": weights}
+    return {"accuracy": accuracy, "model": weights}
 
 
 # ---- Evaluation ----
@@ -710,15 +710,13 @@ def read_json(path, pairs=None):
 
 def tower_precision(args):
     """dtype of the towers, None for fp32."""
-    if CUDA and DEVICE.index >= torch.cuda.device_count():
-        raise Fail(f"rank {RANK}: this machine has no GPU {DEVICE.index}; start fewer ranks")
+    auto = "fp32"
     if CUDA:
+        if DEVICE.index >= torch.cuda.device_count():
+            raise Fail(f"rank {RANK}: this machine has no GPU {DEVICE.index}; start fewer ranks")
         torch.cuda.set_device(DEVICE)
-    name = args.precision
-    if name == "auto":
-        name = "fp32"
-        if CUDA:  # False: not emulated
-            name = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        auto = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"  # False: not emulated
+    name = auto if args.precision == "auto" else args.precision
     if name == "fp16" and not CUDA:
         raise Fail("--precision fp16: needs a GPU; use bf16 or fp32")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
@@ -902,12 +900,11 @@ def clip_config(setup):
     return {"model_cfg": model_cfg, "preprocess_cfg": setup.clip.visual.preprocess_cfg}
 
 
-def save_run(setup, model, out=None, head=None, text=None):
+def save_run(setup, model, out, head=None, text=None):
     """An open_clip local directory, open_clip.create_model("local-dir:OUT"), and head.safetensors.
 
     head: further tensors for head.safetensors; text: tensors of a tuned text tower.
     """
-    out = out or setup.out
     if RANK > 0:
         return
     visual = {f"visual.{name}": value for name, value in model.visual.state_dict().items()}
@@ -1743,10 +1740,8 @@ def flag(key):
 
 def run_flags(folder):
     """Flags of the run in a folder."""
-    flags = read_json(folder / "args.json")
-    if not isinstance(flags, dict):
-        raise Fail(f"{folder / 'args.json'}: not the flags of a run")
-    return flags
+    with told(f"{folder / 'args.json'}: not the flags of a run", "", OSError):
+        return {**read_json(folder / "args.json")}
 
 
 def check_same(args, data, clip_model, amp):

@@ -202,7 +202,7 @@ def main():
     results = common.evaluate(all_alphas(theta_0, theta_1, alphas), setup)
     saved = copy.deepcopy(theta_1)
     saved.load_state_dict(interpolate(theta_0.state_dict(), theta_1.state_dict(), chosen))
-    common.save_run(setup, saved)
+    common.save_run(setup, saved, setup.out)
     curve = dict(zip(alphas, common.plane(results, setup.measure).values()))
     common.finish(setup, results, {"WiSE-FT, alpha": curve},
                   dict.fromkeys([row_name(0), row_name(chosen), row_name(1)]),
