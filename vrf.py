@@ -196,12 +196,8 @@ def distance_to(bank, k, kind):
     bank = bank.to(common.DEVICE)
     if not len(bank):
         print("warning: V is empty, so VRF is OSE", file=sys.stderr)
-
-    def distance(v):
-        if not len(bank):
-            return v.new_full((len(v),), torch.nan).double()
-        return knn_distance(v, bank, k, kind == "squared").double()
-    return distance
+        return lambda v: v.new_full((len(v),), torch.nan).double()
+    return lambda v: knn_distance(v, bank, k, kind == "squared").double()
 
 
 def outputs_of(zero_shot, fine_tuned, distance, images, project):
@@ -230,11 +226,9 @@ def weight_grid(d):
 
     Our grid: deviation 5.
     """
-    spread = max(d.std(correction=0).item(), 1e-6)
-    grid = []
-    for a in d.quantile(torch.linspace(0, 1, 21).double()).clamp(min=1e-6).tolist():
-        grid += [(a, share * spread) for share in (0.25, 0.5, 1, 2)]
-    return grid
+    a = d.quantile(torch.linspace(0, 1, 21).double()).clamp(min=1e-6)
+    spread = d.std(correction=0).clamp(min=1e-6)
+    return torch.cartesian_prod(a, spread * torch.tensor([0.25, 0.5, 1, 2]).double()).tolist()
 
 
 def accuracy(probs, labels):
@@ -261,14 +255,13 @@ def table_rows(zero_shot, fine_tuned, distance, mix, alpha, grid):
 
     def rows(images, project):
         zs, ft, d = outputs_of(zero_shot, fine_tuned, distance, images, project)
-        found = {"zero-shot": zs, "fine-tuned": ft, "d": d, "class zs": zs.argmax(1),
-                 "class ft": ft.argmax(1), **wse(images, project)}
-        for weight in ALPHAS:
-            found[f"OSE {weight:g}"] = common.log_probabilities(mix(zs, ft, weight))
+        weights = {f"OSE {weight:g}": weight for weight in ALPHAS}
         for i, (a, b) in enumerate(grid):
-            weight = omega(d, a, b, alpha)
-            found[f"VRF {i}"] = common.log_probabilities(mix(zs, ft, weight))
-        return found
+            weights[f"VRF {i}"] = omega(d, a, b, alpha)
+        found = {"zero-shot": zs, "fine-tuned": ft, **wse(images, project)}
+        for name, weight in weights.items():
+            found[name] = common.log_probabilities(mix(zs, ft, weight))
+        return found | {"d": d, "zs": zs.argmax(1), "ft": ft.argmax(1)}
     return rows
 
 
@@ -334,10 +327,9 @@ def main():
     distance = distance_to(bank, k, args.distance)
 
     def outputs(x, labels):
-        zs, ft, d = outputs_of(zero_shot, fine_tuned, distance, x, images.project)
-        return {"zs": zs, "ft": ft, "d": d}
-    held = common.collect(outputs, images, setup)
-    zs, ft, d = held["zs"], held["ft"], held["d"]
+        found = outputs_of(zero_shot, fine_tuned, distance, x, images.project)
+        return dict(zip(("zs", "ft", "d"), found))
+    zs, ft, d = common.collect(outputs, images, setup).values()
 
     # Choices: temperatures, then alpha, then a and b
     t_zs = t_ft = 1.0
@@ -362,18 +354,17 @@ def main():
 
     # Step 3: the ensembles, on the test sets
     every = common.evaluate(table_rows(zero_shot, fine_tuned, distance, mix, alpha, grid), setup)
-    d_test = torch.cat(list(every.pop("d").values()))
-    class_zs = torch.cat(list(every.pop("class zs").values()))
-    class_ft = torch.cat(list(every.pop("class ft").values()))
+    about = {row: torch.cat(list(every.pop(row).values())) for row in ("d", "zs", "ft")}
     results = {"zero-shot": every["zero-shot"], "fine-tuned": every["fine-tuned"],
                "OSE": every[f"OSE {alpha:g}"], "WSE": every[f"WSE {alpha_wse:g}"],
                "VRF": every[f"VRF {best}"]}
-    points = common.plane(every, setup.measure)
-    curves = {"OSE": {f"{alpha:g}": points[f"OSE {alpha:g}"] for alpha in ALPHAS},
-              "WSE": {f"{alpha:g}": points[f"WSE {alpha:g}"] for alpha in ALPHAS}}
+    points, curves = common.plane(every, setup.measure), {}
+    for name in ("OSE", "WSE"):
+        curves[name] = {f"{alpha:g}": points[f"{name} {alpha:g}"] for alpha in ALPHAS}
     if common.RANK == 0:
         labels = torch.cat([test.labels for test in data.tests.values()])
-        plot_ratio(d_test, class_zs == labels, class_ft == labels, state, setup.out / "ratio.png")
+        plot_ratio(about["d"], about["zs"] == labels, about["ft"] == labels, state,
+                   setup.out / "ratio.png")
         common.write_json(setup.out / "vrf.json", state)
         common.save_tensors(setup.out / "vrf.safetensors", {"bank": bank})
     common.finish(setup, results, {f"{name}, alpha": line for name, line in curves.items()},
