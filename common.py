@@ -13,8 +13,6 @@ Of Parts 2 to 4 these enter a number too, besides the choice of images, labels a
     load_finetuned     a foreign CLIP's head is made by its own text tower, with its own s
     id_ood             OOD is the mean over the shifts, each in its own metric
     OF_DATA            what a data set brings to every method's recipe
-All scores are computed in float64 (image_scores); a probability of a mixture that underflows is
-taken for the smallest normal double (log_probabilities).
 
 No part knows a method: losses, ensembles and equations are in wise_ft.py, lipsum_ft.py, vrf.py
 and drm.py. Symbols in all files: F(x) unit image feature, s = exp(logit_scale), W (C, D) text head,
@@ -245,7 +243,7 @@ class ImageSet(torch.utils.data.Dataset):
             most = max(map(len, classes))
             classes = torch.tensor([[*ids, *ids[:1] * (most - len(ids))] for ids in classes])
         self.name, self.images, self.metric, self.border = name, images, metric, border
-        self.labels = torch.as_tensor(np.asarray(labels)).long()
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
         self.groups = torch.as_tensor([-1] * len(labels) if groups is None else groups)
         self.classes, self.on_disk = classes, images.ndim == 1
 
@@ -421,21 +419,6 @@ def training_steps(args, n):
     return args.steps or math.ceil(args.epochs * n / args.batch_size)
 
 
-def check_steps(args, data):
-    """Fail on parts that do not divide a step, a warm-up that never ends, nothing to choose on."""
-    if args.finetuned:
-        return
-    if args.keep == "best" and not len(data.val):
-        raise Fail("--keep best: there are no held-out images; raise --holdout, or --keep last")
-    if args.batch_size % (args.accum * WORLD):
-        raise Fail(f"--batch-size {args.batch_size}: must be a multiple of {WORLD} ranks x "
-                   f"{args.accum} --accum parts")
-    total = training_steps(args, len(data.train))
-    if total <= args.warmup:
-        raise Fail(f"--warmup {args.warmup:g}: would not end before the last of {total} steps; "
-                   "0.1 is a tenth of them")
-
-
 def learning_rate(step, total, peak, warmup):
     """Linear warm-up, then cosine towards 0 (wise-ft src/models/utils.py).
 
@@ -592,12 +575,6 @@ def evaluate(rows, setup, sets=None):
 def features_of(model, images, setup):
     """Unit features (N, D) of a set's un-augmented images."""
     return collect(lambda x, labels: {"features": model(x)[1]}, images, setup)["features"]
-
-
-def preview(rows, setup):
-    """Rows of the table before the first step: a wrong tree or prompt shows soon."""
-    if not setup.args.resume:
-        print_table(evaluate(rows, setup), setup.measure)
 
 
 def each(models):
@@ -1124,6 +1101,12 @@ def finish(setup, results, lines=None, marked=None, **more):
     plot_plane(marks, lines or {}, setup.measure, out / "plane.png")
     say(f"saved to {out}")
     print_table(results, setup.measure)
+
+
+def preview(rows, setup):
+    """Rows of the table before the first step: a wrong tree or prompt shows soon."""
+    if not setup.args.resume:
+        print_table(evaluate(rows, setup), setup.measure)
 
 
 def print_table(results, measure):
@@ -1682,7 +1665,7 @@ def parse(p, method, recipes, inherited=(), variant=None):
     its run, and that may be given; variant: a flag whose values may have recipes too.
     """
     given, defaults = vars(p.parse_args()) | {"method": method}, p.defaults
-    run, free = {}, FREE
+    run, free, unread = {}, FREE, set()
     if "resume" in given:
         run = run_flags(Path(given["resume"]))
     elif "finetuned" in given:
@@ -1690,10 +1673,9 @@ def parse(p, method, recipes, inherited=(), variant=None):
         folders = [folder for folder in (path, path.parent) if (folder / "args.json").is_file()]
         run = run_flags(folders[0]) if folders else {}
         run = {key: run[key] for key in run.keys() & {*INHERITED, *inherited}}
-        free = FREE | {*inherited}
+        free, unread = FREE | {*inherited}, OF_TRAINING
     elif "predict" in given:
         raise Fail("--predict: needs a finished run, as --finetuned RUN")
-    unread = OF_TRAINING if "finetuned" in given else set()
     if "predict" in given:
         read = {"help", "finetuned", "predict", "precision", "workers", *inherited}
         unread = defaults.keys() - read
@@ -1732,6 +1714,21 @@ def check_values(args, limits):
             if number is not None and not (isinstance(number, (int, float))
                                            and low <= number <= high):
                 raise Fail(f"{flag(key)} {number}: not a number from {low:g} to {high:g}")
+
+
+def check_steps(args, data):
+    """Fail on parts that do not divide a step, a warm-up that never ends, nothing to choose on."""
+    if args.finetuned:
+        return
+    if args.keep == "best" and not len(data.val):
+        raise Fail("--keep best: there are no held-out images; raise --holdout, or --keep last")
+    if args.batch_size % (args.accum * WORLD):
+        raise Fail(f"--batch-size {args.batch_size}: must be a multiple of {WORLD} ranks x "
+                   f"{args.accum} --accum parts")
+    total = training_steps(args, len(data.train))
+    if total <= args.warmup:
+        raise Fail(f"--warmup {args.warmup:g}: would not end before the last of {total} steps; "
+                   "0.1 is a tenth of them")
 
 
 def flag(key):
