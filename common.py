@@ -1019,16 +1019,13 @@ def of_weights(config):
 # ---- Predictions ----
 
 class Pictures(ImageSet):
-    """Images to classify: one that cannot be read is named and left out of its batch."""
+    """Images to classify: one that cannot be read is named, and None."""
 
-    def __getitems__(self, indices):
-        found = []
-        for i in indices:
-            try:
-                found.append(self[i])
-            except Fail as error:
-                print(f"left out: {error}", file=sys.stderr)
-        return found
+    def __getitem__(self, i):
+        try:
+            return super().__getitem__(i)
+        except Fail as error:
+            print(f"left out: {error}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -1049,7 +1046,7 @@ def predict(args, model, classnames, probabilities, columns=()):
         print(f"{len(found) - len(files)} files are no images by their names", file=sys.stderr)
         table.writerow(["path", "class", "probability", *columns])
     for read in image_loader(images, batches, args.workers, list):
-        if read:
+        if read := list(filter(None, read)):
             pixels, _, index = zip(*read)
             probs, *more = probabilities(images.normalized(torch.stack(pixels).to(DEVICE)))
             confidence, predicted = probs.max(dim=1)
