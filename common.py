@@ -1249,11 +1249,11 @@ def numbered(names):
     return {name: place for place, name in enumerate(names)}
 
 
-def class_tree(name, path, labels, own_space=False, partial=False, **how):
+def class_tree(name, path, labels, own_space=False, **how):
     """ImageSet of path/FOLDER/*.jpg with labels[FOLDER]; a folder in FOLDER is refused.
 
-    own_space: only the classes that have a folder count; before any softmax the logits of all
-    others are dropped. partial: folders without a label are left out instead of refused.
+    A folder with the label None is left out. own_space: only the classes that have a folder
+    count; before any softmax the logits of all others are dropped.
     """
     files, targets, others = [], [], [os.fsencode(p) for p in path.iterdir() if is_image(p)]
     folders = subfolders(path)
@@ -1261,13 +1261,12 @@ def class_tree(name, path, labels, own_space=False, partial=False, **how):
     if absent and not own_space:
         say(f"{name}: {len(absent)} classes have no folder, such as {sorted(absent)[:3]}")
     for folder in folders:
-        label = labels.get(plain(folder))
-        if label is None and partial:
-            continue
-        if label is None:
+        if plain(folder) not in labels:
             raise Fail(f"{path / folder}: not a class of {name}, whose folders are "
                        f"{', '.join(list(labels)[:3])} ...")
-        own = []
+        label, own = labels[plain(folder)], []
+        if label is None:
+            continue
         for entry in sorted(os.scandir(path / folder), key=lambda entry: entry.name):
             if hidden(entry.name):
                 continue
@@ -1377,8 +1376,8 @@ def objectnet(name, path):
         if label in names_of_label:
             ids[folder] = [id_of_name[n] for n in names_of_label[label].split("; ")]
     say(f"{name}: its label space are the {len(ids)} classes that its mappings join")
-    return class_tree(name, path / "images", numbered(ids), partial=True,
-                      classes=list(ids.values()), border=2)
+    labels = {**dict.fromkeys(label_of_folder), **numbered(ids)}
+    return class_tree(name, path / "images", labels, classes=list(ids.values()), border=2)
 
 
 def domainnet_data(root, args):
@@ -1457,12 +1456,12 @@ def read_csv(path, *columns):
         return [operator.itemgetter(*columns)(row) for row in csv.DictReader(f)]
 
 
-def wilds_split(name, metadata, rows, **how):
+def wilds_split(name, metadata, rows, metric="acc"):
     """ImageSet of the rows [(file, label) or (file, label, group), ...] of a WILDS data set."""
     if not rows:
         raise Fail(f"{metadata}: lists no image for {name}")
     files, labels, *groups = zip(*rows)
-    return ImageSet(name, files, labels, groups=groups[0] if groups else None, **how)
+    return ImageSet(name, files, labels, None, metric, *groups)
 
 
 def iwildcam_data(root, args):
@@ -1510,8 +1509,7 @@ def fmow_data(root, args):
             rows[split, when >= "2016"].append(row)
     tests = read_tests(args, {
         "id_test": (wilds_split, metadata, rows["test", False]),
-        "test": (functools.partial(wilds_split, metric="worst_region"), metadata,
-                 rows["test", True]),
+        "test": (wilds_split, metadata, rows["test", True], "worst_region"),
     })
     return Data(names, ["satellite photo of a {}."],
                 wilds_split("train", metadata, rows["train", False]),
