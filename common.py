@@ -549,7 +549,7 @@ def collect(function, images, setup):
         result = function(x, labels.to(DEVICE, non_blocking=True))
         found.append((int(index[0]), {name: value.cpu() for name, value in result.items()}))
     columns = defaultdict(list)
-    for _, result in sorted(gathered(found), key=operator.itemgetter(0)):
+    for _, result in sorted(gathered(found)):  # by their first images, of which no two are equal
         for name, value in result.items():
             columns[name].append(value)
     return {name: torch.cat(values) for name, values in columns.items()}

@@ -178,7 +178,8 @@ def ensemble(logits_zs, logits_ft, weight, t_zs=1.0, t_ft=1.0):
     p = softmax(logits / T), with logits already in the test set's label space.
     """
     w = torch.as_tensor(weight, dtype=logits_zs.dtype, device=logits_zs.device).reshape(-1, 1)
-    return w * (logits_ft / t_ft).softmax(dim=1) + (1 - w) * (logits_zs / t_zs).softmax(dim=1)
+    p_zs, p_ft = (logits_zs / t_zs).softmax(dim=1), (logits_ft / t_ft).softmax(dim=1)
+    return w * p_ft + (1 - w) * p_zs
 
 
 # ------------------------------------- Inference -------------------------------------
@@ -323,7 +324,8 @@ def main():
 
     # The paper's Steps 1 and 2: the zero-shot failures V, and d of the images to choose on
     bank = failures_of(zero_shot, fine_tuned, setup)
-    k = min(args.k or neighbours(len(bank), len(data.train), args.k_rule), len(bank))
+    k = args.k or neighbours(len(bank), len(data.train), args.k_rule)
+    k = min(k, len(bank))
     distance = distance_to(bank, k, args.distance)
 
     def outputs(x, labels):
@@ -347,14 +349,20 @@ def main():
     grid = [(args.a, args.b)] if args.a or not len(bank) else weight_grid(d)
     weights = [omega(d, a, b, alpha) for a, b in grid]
     best = common.choose([score(w) for w in weights], [w.mean().item() for w in weights])
-    state = {"failures": len(bank), "k": k, "distance": args.distance, "t_zs": t_zs, "t_ft": t_ft,
-             "a": grid[best][0], "b": grid[best][1], "alpha": alpha, "alpha_wse": alpha_wse,
-             "chosen_on": images.name}
+    a, b = grid[best]
+    state = {
+        "failures": len(bank), "k": k, "distance": args.distance,
+        "t_zs": t_zs, "t_ft": t_ft,
+        "a": a, "b": b,
+        "alpha": alpha, "alpha_wse": alpha_wse, "chosen_on": images.name,
+    }
     common.say(f"V: {len(bank)} of {len(data.train)} training images; {state}")
 
     # Step 3: the ensembles, on the test sets
     every = common.evaluate(table_rows(zero_shot, fine_tuned, distance, mix, alpha, grid), setup)
-    about = {row: torch.cat(list(every.pop(row).values())) for row in ("d", "zs", "ft")}
+    about = {}
+    for row in ("d", "zs", "ft"):
+        about[row] = torch.cat(list(every.pop(row).values()))
     results = {"zero-shot": every["zero-shot"], "fine-tuned": every["fine-tuned"],
                "OSE": every[f"OSE {alpha:g}"], "WSE": every[f"WSE {alpha_wse:g}"],
                "VRF": every[f"VRF {best}"]}
