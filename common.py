@@ -766,9 +766,12 @@ def own_group(_):
 def stop_signals():
     """A list that SIGTERM, SIGHUP and Ctrl-C fill, instead of ending the process."""
     came, before = [], {}
+
+    def note(number, _):
+        came.append(number)
     for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(s) != signal.SIG_IGN:  # as under nohup
-            before[s] = signal.signal(s, lambda number, _: came.append(number))
+            before[s] = signal.signal(s, note)
     try:
         yield came
     finally:
@@ -776,11 +779,19 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+class Lines(tqdm):
+    """A progress bar as lines, for log files."""
+
+    @staticmethod
+    def status_printer(file):
+        return lambda text: print(text, file=file, flush=True)
+
+
 def progress(first, total, name):
     """A progress bar in a terminal, a line a minute elsewhere."""
-    seconds, form = (0.1, None) if sys.stderr.isatty() else (60, "{l_bar}{r_bar}\n")
-    return tqdm(desc=name, total=total, initial=first, disable=RANK > 0, mininterval=seconds,
-                maxinterval=60, bar_format=form)
+    bar, seconds = (tqdm, 0.1) if sys.stderr.isatty() else (Lines, 60)
+    return bar(desc=name, total=total, initial=first, disable=RANK > 0, mininterval=seconds,
+               maxinterval=60)
 
 
 # ---- Checkpoints and logs ----
@@ -791,9 +802,11 @@ def load_checkpoint(path, parts):
         return None
     with told(f"{path}: cannot be read", "; remove it to train from the start"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["next"]
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = CUDA  # a CPU's fused kernel takes a GPU's moments in another order
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["next"]
 
 
 def save_checkpoint(path, parts, next_):
@@ -1533,14 +1546,17 @@ def cli(main):
     try:
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
-        return main()
+        main()
+        if WORLD > 1:  # after a mistake it would wait for ranks that are gone
+            dist.destroy_process_group()
+        return
     except BrokenPipeError:  # `| head`
         os._exit(0)
     except (Fail, KeyboardInterrupt) as error:
         message = str(error) or "interrupted"
     except torch.OutOfMemoryError:
-        message = ("the GPU is out of memory; raise --accum (the images of a step stay the same), "
-                   "or add --grad-checkpointing")
+        message = ("the GPU is out of memory; training needs less with --accum (the images of a "
+                   "step stay the same) or --grad-checkpointing")
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else error
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -1566,7 +1582,8 @@ def told(what, advice="", *passing):
     except (Fail, *passing):
         raise
     except Exception as error:  # readers and decoders raise a dozen types
-        reason = " ".join(str(error).split()).split(". ")[0][:150] or repr(error)
+        text = repr(error) if isinstance(error, LookupError) else str(error)
+        reason = " ".join(text.split()).split(". ")[0][:150] or repr(error)
         raise Fail(f"{what} ({reason}){advice}") from None
 
 
@@ -1732,8 +1749,10 @@ def flag(key):
 
 def run_flags(folder):
     """Flags of the run in a folder."""
-    with told(f"{folder / 'args.json'}: not the flags of a run", "", OSError):
-        return {**read_json(folder / "args.json")}
+    flags = read_json(folder / "args.json")
+    if not isinstance(flags, dict) or "method" not in flags:
+        raise Fail(f"{folder / 'args.json'}: not the flags of a run")
+    return flags
 
 
 def check_same(args, data, clip_model, amp):

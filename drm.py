@@ -430,7 +430,8 @@ def main():
     prompts, described = read_texts(args, data)
     data.texts = prompts + described  # --resume must find them again
     if args.finetuned and common.is_run(Path(args.finetuned)):
-        of_run(args, None)  # a run of another method is refused before CLIP is loaded
+        # A run of another method is refused before CLIP is loaded
+        of_run(args, common.tower_precision(args))
     setup = common.start(args, data)
     classes = len(data.classnames)
     df, cd = encode(prompts, setup), encode(described, setup)

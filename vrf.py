@@ -197,8 +197,12 @@ def distance_to(bank, k, kind):
     bank = bank.to(common.DEVICE)
     if not len(bank):
         print("warning: V is empty, so VRF is OSE", file=sys.stderr)
-        return lambda v: v.new_full((len(v),), torch.nan).double()
-    return lambda v: knn_distance(v, bank, k, kind == "squared").double()
+
+    def distance(v):
+        if not len(bank):
+            return v.new_full((len(v),), torch.nan).double()
+        return knn_distance(v, bank, k, kind == "squared").double()
+    return distance
 
 
 def outputs_of(zero_shot, fine_tuned, distance, images, project):

@@ -67,11 +67,12 @@ class Case(NamedTuple):
         return [self.longest[max(0, missing + i // CHUNK)] for i in range(self.classes)]
 
     def batch_on(self, device, step=0):
-        """A Batch, which is the whole data set, and its labels (B,) on the CPU."""
-        labels = torch.randint(self.classes, (self.batch,), generator=torch.Generator())
+        """A Batch, and the labels of all eight batches of the data set on the CPU."""
+        labels = torch.randint(self.classes, (8 * self.batch,), generator=torch.Generator())
+        index = torch.arange(self.batch) + self.batch * (step % 8)
         size = open_clip.get_model_config(self.model)["vision_cfg"]["image_size"]
         images = torch.randn(self.batch, 3, size, size, device=device)
-        return common.Batch(images, labels.to(device), torch.arange(self.batch), step), labels
+        return common.Batch(images, labels[index].to(device), index, step), labels
 
 
 # ---- Methods ----
@@ -120,7 +121,8 @@ def contenders(names, case, labels, device, amp=None, compiled=False):
         return drm.contrastive_loss(*model(batch.images, captions[batch.labels])), {}
     image, captioned = lambda: zero_shot, lambda: Captioned(clip, amp)
     dual = lambda: drm.DualPrompts(clip, df, cd, case.classes, amp)
-    lipsum = lipsum_ft.make_loss(clip, zero_shot, tokenizer, 1.0, 80, 8, 0)
+    teacher = torch.compile(zero_shot) if compiled else zero_shot  # as lipsum_ft.py
+    lipsum = lipsum_ft.make_loss(clip, teacher, tokenizer, 1.0, 80, 8, 0)
     every = {"plain": (image, wise_ft.cross_entropy), "Lipsum-FT": (image, lipsum),
              "FLYP": (captioned, flyp), "FLYP cut": (dual, drm.make_loss(0.0, *about_0)),
              "DRM": (dual, drm.make_loss(1.0, *about_0))}

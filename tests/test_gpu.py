@@ -31,7 +31,7 @@ def losses(out):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("amp, accum", [(None, 2), (torch.bfloat16, 1)])
+@pytest.mark.parametrize("amp, accum", [(None, 2), (torch.bfloat16, 1), (torch.float16, 1)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_does_not_wait_for_the_gpu(tmp_path, case, amp, accum):
     try:  # in mode "error" torch raises where the host would wait
