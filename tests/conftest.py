@@ -27,7 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
+METHODS = ["wise_ft", "lipsum_ft", "vrf", "drm"]
+SCRIPTS = [f"{method}.py" for method in METHODS]
+NAMES = ["blue square", "green square", "red square"]  # of the classes of write_tree()
 COLOURS = {"red_square": (220, 30, 30), "green_square": (30, 200, 30), "blue_square": (40, 40, 220)}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def save_tensors(path, tensors, about=None):
@@ -46,20 +51,19 @@ def save_clip(path, config, seed=0):
 
 
 TEXT = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2)
+VIT = dict(image_size=32, patch_size=8, width=64, head_width=32, layers=2)
+RESNET = dict(image_size=32, layers=[1, 1, 1, 1], width=8, patch_size=None)
+CONFIG = dict(embed_dim=32, vision_cfg=VIT, text_cfg=TEXT)
 
 
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory):
-    vision = dict(image_size=32, patch_size=8, width=64, head_width=32, layers=2)
-    config = dict(embed_dim=32, vision_cfg=vision, text_cfg=TEXT)
-    return save_clip(tmp_path_factory.mktemp("vit") / "m", config)
+    return save_clip(tmp_path_factory.mktemp("vit") / "m", CONFIG)
 
 
 @pytest.fixture(scope="session")
 def tiny_resnet(tmp_path_factory):
-    vision = dict(image_size=32, layers=[1, 1, 1, 1], width=8, patch_size=None)
-    config = dict(embed_dim=32, vision_cfg=vision, text_cfg=TEXT)
-    return save_clip(tmp_path_factory.mktemp("rn") / "m", config)
+    return save_clip(tmp_path_factory.mktemp("rn") / "m", {**CONFIG, "vision_cfg": RESNET})
 
 
 def write_tree(root, train=20, test=10, size=40, seed=0):
@@ -76,33 +80,76 @@ def write_tree(root, train=20, test=10, size=40, seed=0):
     return root
 
 
+def data_flags(tree, model):
+    return ["--data", "folder", "--data-dir", tree, "--model", model]
+
+
 @pytest.fixture
 def tree(tmp_path):
     return write_tree(tmp_path / "tree")
+
+
+@pytest.fixture
+def base(tree, tiny_vit):
+    """Flags of a run on `tree`."""
+    return data_flags(tree, tiny_vit)
+
+
+@pytest.fixture
+def small(tmp_path, tiny_vit):
+    """Flags of a run on a smaller tree, tmp_path/tree."""
+    return data_flags(write_tree(tmp_path / "tree", train=8, test=2), tiny_vit)
 
 
 def command(script, *flags):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
-def run(script, *flags, cwd=None):
+def run(script, *flags, cwd="."):
     """Run a method to its end in a process of its own; returns its results.json."""
     done = subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True,
-                          timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          timeout=600, env=ENV)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    out = next(flags[i + 1] for i, f in enumerate(flags) if f in ("--out", "--resume"))
-    return json.loads((Path(cwd or ".") / out / "results.json").read_text())
+    return results_of(Path(cwd, folder_of(flags)))
+
+
+def folder_of(flags):
+    """The folder of a run with these flags."""
+    return flags[flags.index("--out" if "--out" in flags else "--resume") + 1]
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def rows_of(results):
+    """{row: {test: metrics}} of a results.json"""
+    return {row["name"]: row["tests"] for row in results["rows"]}
+
+
+def log_of(folder, key="step"):
+    """The lines of log.jsonl that have `key`."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def args_of(script, *flags):
+    """The flags of a method as its get_args() makes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        return importlib.import_module(script.removesuffix(".py")).get_args()
 
 
 def in_process(script, flags, stdout, stderr):
-    """Run a method's cli() in this process, which saves the seconds that imports take."""
+    """Run a method's cli() in this process, which saves the seconds that imports take; without
+    workers, unless flags have some."""
     method = importlib.import_module(script.removesuffix(".py"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(stdout))
         stack.enter_context(contextlib.redirect_stderr(stderr))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.setattr(sys, "argv", [script, "--workers", "0", *map(str, flags)])
         common.cli(method.main)
 
 
@@ -121,6 +168,12 @@ def printed(script, *flags):
     except SystemExit as end:  # --help
         assert not end.code, err.getvalue()
     return out.getvalue()
+
+
+def here(script, *flags):
+    """results.json of a method run to its end in this process."""
+    printed(script, *flags)
+    return results_of(folder_of(flags))
 
 
 def complaint(script, *flags):

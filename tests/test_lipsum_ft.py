@@ -1,6 +1,4 @@
 """lipsum_ft.py against naive float64 loops, padded encoding, and what holds at theta = theta_0."""
-import json
-
 import numpy as np
 import open_clip
 import pytest
@@ -10,7 +8,7 @@ from safetensors.torch import load_file
 
 import common
 import lipsum_ft
-from tests.conftest import COLOURS, complaint, printed, write_tree
+from tests.conftest import COLOURS, complaint, data_flags, here, rows_of, write_tree
 
 
 def test_regularizer_and_energy_gap_are_the_written_out_sums():
@@ -20,8 +18,7 @@ def test_regularizer_and_energy_gap_are_the_written_out_sums():
     gap = r = 0.0
     for b in range(B):
         for m in range(M):
-            d = sum(s * g[m][k] * f[b][k] for k in range(D)) - sum(s * g[m][k] * f0[b][k]
-                                                                   for k in range(D))
+            d = sum(s * g[m][k] * (f[b][k] - f0[b][k]) for k in range(D))
             gap += d * d / (B * M)          # Eq. (6): mean over images and texts
             r += d * d / (2 * M) / B        # Eq. (7): 1/(2M) squared norm, mean over the batch
     v, v0 = (torch.tensor(s * x[:B] @ g[:M].T, dtype=torch.float32) for x in (f, f0))
@@ -34,15 +31,14 @@ def test_regularizer_and_energy_gap_are_the_written_out_sums():
 
 
 def test_random_tokens_are_framed_uniform_and_reproducible():
-    t = lipsum_ft.random_tokens(4000, 8, 49406, 49407, torch.Generator().manual_seed(1))
+    def texts(seed):
+        return lipsum_ft.random_tokens(4000, 8, 49406, 49407, torch.Generator().manual_seed(seed))
+    t = texts(1)
     assert t.shape == (4000, 10) and (t[:, 0] == 49406).all() and (t[:, -1] == 49407).all()
     ids = t[:, 1:-1].double()
     assert ids.min() >= 0 and ids.max() < 49406 and ids.min() < 20 and ids.max() > 49385
     assert ids.mean().item() == pytest.approx(49405 / 2, rel=0.01)  # sd of the mean: 80
-    assert torch.equal(t, lipsum_ft.random_tokens(4000, 8, 49406, 49407,
-                                                  torch.Generator().manual_seed(1)))
-    assert not torch.equal(t, lipsum_ft.random_tokens(4000, 8, 49406, 49407,
-                                                      torch.Generator().manual_seed(2)))
+    assert torch.equal(t, texts(1)) and not torch.equal(t, texts(2))
 
 
 def test_a_step_s_texts_depend_on_seed_and_step_alone(tiny_vit, monkeypatch):
@@ -87,25 +83,14 @@ def test_at_theta_0_the_regularizer_and_its_gradient_vanish(tiny_vit):
     assert total.item() == pytest.approx(parts["ce"].item() + 2 * parts["lipsum"].item())
 
 
-def here(script, *flags):
-    """results.json of a method run in this process."""
-    printed(script, *flags, "--workers", 0)
-    out = flags[flags.index("--out") + 1]
-    return json.loads((out / "results.json").read_text())
-
-
 def test_own_folder_of_jpegs_and_reload_with_open_clip(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=60, test=20)  # 300 images
-    results = here("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit,
-                   "--epochs", 4, "--lr", 1e-3, "--baseline",
-                   "--out", tmp_path / "out")
-    rows = {r["name"]: r for r in results["rows"]}
+    tree, out = write_tree(tmp_path / "tree", train=60, test=20), tmp_path / "out"  # 300 images
+    rows = rows_of(here("lipsum_ft.py", *data_flags(tree, tiny_vit), "--epochs", 4, "--lr", 1e-3,
+                        "--baseline", "--out", out))
     assert list(rows) == ["zero-shot", "fine-tuned", "Lipsum-FT"]
-    assert set(rows["zero-shot"]["tests"]) == {"test", "dark"}
-    assert rows["zero-shot"]["tests"]["dark"]["n"] == 60
-    assert rows["fine-tuned"]["id"] == 100.0 > rows["zero-shot"]["id"]
+    assert set(rows["zero-shot"]) == {"test", "dark"} and rows["zero-shot"]["dark"]["n"] == 60
+    assert rows["fine-tuned"]["test"]["acc"] == 100.0 > rows["zero-shot"]["test"]["acc"]
 
-    out = tmp_path / "out"
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
     head = load_file(out / "head.safetensors")
     files = sorted((tree / "test").rglob("*.jpg"))
@@ -114,24 +99,21 @@ def test_own_folder_of_jpegs_and_reload_with_open_clip(tmp_path, tiny_vit):
     with torch.no_grad():
         features = model.eval().encode_image(x, normalize=True)
     accuracy = ((features @ head["head"].T).argmax(1) == y).double().mean().item()
-    assert 100 * accuracy == rows["Lipsum-FT"]["id"]
+    assert 100 * accuracy == rows["Lipsum-FT"]["test"]["acc"]
     # the run brings its data; WiSE-FT after Lipsum-FT is wise_ft.py's
+    ends = {"zero-shot": rows["zero-shot"], "fine-tuned": rows["Lipsum-FT"]}
     again = here("lipsum_ft.py", "--finetuned", out, "--out", tmp_path / "again")
-    assert [r["name"] for r in again["rows"]] == ["zero-shot", "fine-tuned"]
-    assert again["rows"][1]["tests"] == rows["Lipsum-FT"]["tests"]
+    assert rows_of(again) == ends
     between = here("wise_ft.py", "--finetuned", out, "--alphas", 0.5, "--out", tmp_path / "w")
-    found = {r["name"]: r["tests"] for r in between["rows"]}
-    assert found["fine-tuned"] == rows["Lipsum-FT"]["tests"]
-    assert found["zero-shot"] == rows["zero-shot"]["tests"]
-    assert found["WiSE-FT 0.5"] not in (found["fine-tuned"], found["zero-shot"])
+    found = rows_of(between)
+    assert found.pop("WiSE-FT 0.5") not in ends.values() and found == ends
 
 
-def test_a_tokenizer_without_clips_ends_is_refused_before_the_first_step(tree, tiny_vit,
+def test_a_tokenizer_without_clips_ends_is_refused_before_the_first_step(base, tmp_path,
                                                                           monkeypatch):
     def foreign(name):  # as SigLIP's: a function of texts, without the ids of SOT and EOT
         clips = open_clip.SimpleTokenizer()
         return lambda texts, context_length=77: clips(texts, context_length)
     monkeypatch.setattr(open_clip, "get_tokenizer", foreign)
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--out", tree / "run"]
-    line = complaint("lipsum_ft.py", *flags)
-    assert "random texts" in line and "--model" in line and not (tree / "run").exists()
+    line = complaint("lipsum_ft.py", *base, "--out", tmp_path / "run")
+    assert "random texts" in line and "--model" in line and not (tmp_path / "run").exists()

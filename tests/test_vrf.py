@@ -1,7 +1,6 @@
 """vrf.py against naive float64 loops, closed forms, edge cases; its script and predictions."""
 import csv
 import io
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,15 @@ from safetensors.torch import load_file
 
 import common
 import vrf
-from tests.conftest import complaint, printed, write_tree
+from tests.conftest import (
+    args_of,
+    complaint,
+    data_flags,
+    here,
+    printed,
+    rows_of,
+    write_tree,
+)
 
 
 def unit(rng, n, d):
@@ -42,8 +49,8 @@ def test_knn_distance_against_a_loop():
 def test_failures_weight_and_k():
     zs = torch.tensor([[2.0, 1.0], [2.0, 1.0], [1.0, 2.0], [1.0, 2.0]])
     ft = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])
-    assert vrf.zero_shot_failures(zs, ft, torch.tensor([0, 1, 1, 1])).tolist() == [False, True,
-                                                                                   False, False]
+    failed = vrf.zero_shot_failures(zs, ft, torch.tensor([0, 1, 1, 1]))
+    assert failed.tolist() == [False, True, False, False]
     d = torch.tensor([1.5, 0.9, 2.1], dtype=torch.double)
     want = [1 / (1 + math.exp((x - 1.5) / 0.6)) for x in d.tolist()]
     assert vrf.ft_weight(d).tolist() == pytest.approx(want, abs=1e-12) and want[0] == 0.5
@@ -122,50 +129,35 @@ def test_the_grid_has_the_boundary():
 NAMES = {"blue_square": "sky", "green_square": "grass", "red_square": "blood"}
 
 
-def here(script, *flags):
-    """results.json of a method run in this process."""
-    printed(script, *flags, "--workers", 0)
-    out = flags[flags.index("--out") + 1]
-    return json.loads((out / "results.json").read_text())
-
-
 def predictions(folder, run):
     """Columns of the lines of --predict."""
-    text = printed("vrf.py", "--finetuned", run, "--predict", folder, "--workers", 0)
+    text = printed("vrf.py", "--finetuned", run, "--predict", folder)
     header, *lines = csv.reader(io.StringIO(text), "excel-tab")
     assert header == ["path", "class", "probability", "d", "omega"]
     return lines
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, request):
-    """A tree, a plain fine-tuned run and a VRF run on it."""
+def finished(tmp_path_factory, tiny_vit):
+    """(Folder of a tree, of a fine-tuned run ft and of a VRF run v on it, results.json of v, the
+    Setup of v)"""
     tmp = tmp_path_factory.mktemp("vrf")
-    tree, model = write_tree(tmp / "tree"), request.getfixturevalue("tiny_vit")
+    tree = write_tree(tmp / "tree")
     names = "".join(f"{folder}\t{name}\n" for folder, name in NAMES.items())
     (tree / "classnames.txt").write_text(names)
-    here("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", model, "--steps", 25,
-         "--lr", 1e-3, "--batch-size", 16, "--alphas", 1, "--alpha", 1, "--out", tmp / "ft")
-    return tmp, tree, here("vrf.py", "--finetuned", tmp / "ft", "--out", tmp / "v")
+    here("wise_ft.py", *data_flags(tree, tiny_vit), "--steps", 25, "--lr", 1e-3, "--batch-size", 16,
+         "--alphas", 1, "--alpha", 1, "--out", tmp / "ft")
+    results = here("vrf.py", "--finetuned", tmp / "ft", "--out", tmp / "v")
+    args = args_of("vrf.py", "--finetuned", tmp / "ft", "--workers", 0)
+    return tmp, results, common.start(args, common.load_data(args))
 
 
-def setup_of(tmp, run):
-    """The Setup of vrf.py --finetuned `run`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["vrf.py", "--finetuned", str(tmp / run), "--workers", "0"])
-        args = vrf.get_args()
-    return common.start(args, common.load_data(args))
-
-
-def test_script_rows_figures_and_predictions(finished):
+def test_script_rows_and_predictions(finished):
     """The table, by hand: logits and features of every image, then each ensemble in float64."""
-    tmp, tree, results = finished
-    rows = {r["name"]: r["tests"] for r in results["rows"]}
+    tmp, results, setup = finished
+    rows, state = rows_of(results), common.read_json(tmp / "v" / "vrf.json")
     assert list(rows) == ["zero-shot", "fine-tuned", "OSE", "WSE", "VRF"]
-    for name in ("ratio.png", "plane.png"):
-        assert (tmp / "v" / name).stat().st_size > 10_000
-    state = common.read_json(tmp / "v" / "vrf.json")
-    bank, setup = load_file(tmp / "v" / "vrf.safetensors")["bank"], setup_of(tmp, "ft")
+    bank = load_file(tmp / "v" / "vrf.safetensors")["bank"]
     assert state == results["vrf"]
     zero_shot, fine_tuned = common.load_finetuned(setup)
 
@@ -203,14 +195,13 @@ def test_script_rows_figures_and_predictions(finished):
     assert chosen[0] == [results["rows"][-1]["id"], results["rows"][-1]["ood"]]
     assert results["OSE"].keys() == results["WSE"].keys() == {f"{a:g}" for a in vrf.ALPHAS}
 
-    lines = predictions(tree / "test", tmp / "v")
+    lines = predictions(tmp / "tree" / "test", tmp / "v")
     right = sum(NAMES[path.split("/")[-2]] == name for path, name, *_ in lines)
     assert len(lines) == 30 and 100 * right / 30 == pytest.approx(rows["VRF"]["test"]["acc"])
 
 
 def test_both_models_are_kept_and_a_run_of_vrf_is_a_start_again(finished):
-    tmp, tree, results = finished
-    setup = setup_of(tmp, "ft")
+    tmp, results, setup = finished
     for want, part in zip(common.load_finetuned(setup), ("zero-shot", "fine-tuned")):
         model, classnames, _ = common.load_run(tmp / "v" / part, None)
         assert classnames == list(NAMES.values())
@@ -220,42 +211,38 @@ def test_both_models_are_kept_and_a_run_of_vrf_is_a_start_again(finished):
     for key, value in results["vrf"].items():
         same = value if isinstance(value, str) else pytest.approx(value, rel=1e-5)
         assert again["vrf"][key] == same, key
-    for a, b in zip(again["rows"], results["rows"]):
-        for test, found in b["tests"].items():
-            assert a["tests"][test]["acc"] == found["acc"]
-            assert a["tests"][test]["nll"] == pytest.approx(found["nll"], abs=1e-5)
-    for more in (["--out", tmp / "new"], ["--predict", tree]):
+    rows = rows_of(again)
+    for row, tests in rows_of(results).items():
+        for test, found in tests.items():
+            assert rows[row][test]["acc"] == found["acc"]
+            assert rows[row][test]["nll"] == pytest.approx(found["nll"], abs=1e-5)
+    for more in (["--out", tmp / "new"], ["--predict", tmp / "tree"]):
         assert "head.safetensors" in complaint("wise_ft.py", "--finetuned", tmp / "v", *more)
     assert not (tmp / "new").exists()
 
 
 def test_given_values_are_used(finished):
-    tmp, tree, results = finished
+    tmp, results, _ = finished
     fixed = here("vrf.py", "--finetuned", tmp / "ft", "--a", 0.5, "--b", 0.2, "--k", 2,
                  "--distance", "l2", "--no-calibrate", "--select-on-test", "--out", tmp / "fixed")
-    state = fixed["vrf"]
-    assert (state["a"], state["b"], state["k"], state["distance"]) == (0.5, 0.2, 2, "l2")
-    assert state["t_zs"] == state["t_ft"] == 1 and state["chosen_on"] == "test"
+    want = dict(a=0.5, b=0.2, k=2, distance="l2", t_zs=1, t_ft=1, chosen_on="test")
+    assert want.items() <= fixed["vrf"].items()
     assert len(fixed["grid"]) == 1 and fixed["grid"][0][:2] == [0.5, 0.2]
     assert fixed["rows"][0]["tests"] == results["rows"][0]["tests"]
 
 
-def test_an_empty_bank_falls_back_to_ose(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree")
-    here("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps", 1,
-         "--lr", 0, "--alphas", 1, "--out", tmp_path / "same")  # both models are equal: V is empty
-    results = here("vrf.py", "--finetuned", tmp_path / "same", "--out", tmp_path / "v")
-    rows = {r["name"]: r["tests"] for r in results["rows"]}
+def test_an_empty_bank_falls_back_to_ose(tree, base, tmp_path):
+    # with a rate of 0 both models are equal: V is empty
+    results = here("vrf.py", *base, "--steps", 1, "--lr", 0, "--out", tmp_path / "v")
+    rows = rows_of(results)
     assert rows["VRF"] == rows["OSE"] and results["vrf"]["failures"] == 0
     lines = predictions(tree / "test", tmp_path / "v")
     assert len(lines) == 30
     assert {omega for *_, omega in lines} == {f"{results['vrf']['alpha']:.4f}"}
 
 
-def test_without_held_out_images(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree")
-    base = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--holdout", 0]
-    assert "--holdout" in complaint("vrf.py", *base, "--out", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    results = here("vrf.py", *base, "--steps", 3, "--select-on-test", "--out", tmp_path / "v")
+def test_without_held_out_images(base, tmp_path):
+    flags = [*base, "--holdout", 0, "--out", tmp_path / "v"]
+    assert "--holdout" in complaint("vrf.py", *flags) and not (tmp_path / "v").exists()
+    results = here("vrf.py", *flags, "--steps", 3, "--select-on-test")
     assert len(results["rows"]) == 5 and results["vrf"]["chosen_on"] == "test"

@@ -1,7 +1,7 @@
 """wise_ft.py: exact ends, the linear-classifier identity, BatchNorm, one decode an image."""
 import copy
-import json
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -12,22 +12,22 @@ from safetensors.torch import load_file
 import common
 import vrf
 import wise_ft
-from tests.conftest import printed, run, write_tree
+from tests.conftest import NAMES, args_of, here, printed, rows_of
 
 
-def ends(model_dir, folded=True):
+def moved(model):
+    """A copy with other weights."""
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def ends(model_dir):
     """Two classifiers with different random weights."""
-    models = []
-    for seed in (0, 1):
-        clip = open_clip.create_model(model_dir).eval()
-        torch.manual_seed(seed)
-        model = common.ImageClassifier(clip.visual, torch.randn(4, clip.visual.output_dim), 1.0,
-                                       bias=folded).eval()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.05 * torch.randn_like(p))
-        models.append(model)
-    return models
+    visual = open_clip.create_model(model_dir).visual
+    heads = torch.randn(2, 4, visual.output_dim)
+    return [moved(common.ImageClassifier(visual, head, bias=True)).eval() for head in heads]
 
 
 def test_interpolate_against_float64_and_bit_equal_ends():
@@ -35,11 +35,8 @@ def test_interpolate_against_float64_and_bit_equal_ends():
     b = {"w": torch.randn(3, 4), "mask": torch.tensor([0.0, -torch.inf]), "n": torch.tensor(9)}
     for alpha in (0.1, 0.5, 0.7):
         merged = wise_ft.interpolate(a, b, alpha)
-        for i in range(3):
-            for j in range(4):
-                ends = a["w"][i, j].double().item(), b["w"][i, j].double().item()
-                want = (1 - alpha) * ends[0] + alpha * ends[1]
-                assert merged["w"][i, j].item() == pytest.approx(want, abs=1e-6)
+        want = (1 - alpha) * a["w"].double() + alpha * b["w"].double()
+        assert (merged["w"] - want).abs().max() <= 1e-6
         assert merged["mask"].tolist() == [0, -torch.inf] and merged["n"].item() == 9
     for alpha, end in ((0, a), (1, b), (0.0, a), (1.0, b)):
         merged = wise_ft.interpolate(a, b, alpha)
@@ -83,46 +80,41 @@ def test_all_alphas_equal_models_loaded_one_by_one(tower, request):
         assert all((ours[name] - theirs[name]).abs().max() <= 1e-6 for name in theirs)
 
 
-def test_eleven_alphas_decode_each_image_once(tmp_path, tiny_vit, monkeypatch):
-    tree, reads, read = write_tree(tmp_path / "tree"), [], common.read_image
-    monkeypatch.setattr("sys.argv", ["wise_ft.py", "--data", "folder", "--data-dir", str(tree),
-                                     "--model", tiny_vit, "--workers", "0"])
-    args = wise_ft.get_args()
+@pytest.fixture
+def reads(monkeypatch):
+    """Paths of the images that are read, as they are read."""
+    paths, read = [], common.read_image
+    monkeypatch.setattr(common, "read_image", lambda path: paths.append(path) or read(path))
+    return paths
+
+
+def test_eleven_alphas_decode_each_image_once(base, reads):
+    args = args_of("wise_ft.py", *base, "--workers", 0)
     setup = common.start(args, common.load_data(args))
-    monkeypatch.setattr(common, "read_image", lambda path: reads.append(path) or read(path))
     theta_0 = common.ImageClassifier(setup.clip.visual, setup.head, setup.scale)
-    theta_1 = copy.deepcopy(theta_0)
-    with torch.no_grad():
-        for p in theta_1.parameters():
-            p.add_(0.05 * torch.randn_like(p))
     alphas = [i / 10 for i in range(11)]
-    results = common.evaluate(wise_ft.all_alphas(theta_0, theta_1, alphas), setup)
+    results = common.evaluate(wise_ft.all_alphas(theta_0, moved(theta_0), alphas), setup)
     files = [path.decode() for images in setup.data.tests.values() for path in images.images]
     assert len(results) == 11 and len(reads) == 60 and sorted(reads) == sorted(files)
 
 
 @pytest.mark.parametrize("freeze", ["none", "encoder", "head"])
-def test_script_selects_saves_and_draws(tmp_path, tiny_vit, freeze):
-    tree = write_tree(tmp_path / "tree")
-    results = run("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit,
-                  "--freeze", freeze, "--steps", 20, "--batch-size", 8, "--shots", 8,
-                  "--lr", 1e-2 if freeze == "encoder" else 1e-3, "--select",
-                  "--alphas", 0.25, 0.5, 0.75, "--out", "w", cwd=tmp_path)
-    names = [r["name"] for r in results["rows"]]
-    assert names == ["zero-shot", "WiSE-FT 0.25", "WiSE-FT 0.5", "WiSE-FT 0.75", "fine-tuned"]
+def test_script_selects_and_saves(base, tmp_path, tiny_vit, freeze):
+    results = here("wise_ft.py", *base, "--freeze", freeze, "--steps", 20, "--batch-size", 8,
+                   "--shots", 8, "--lr", 1e-2 if freeze == "encoder" else 1e-3, "--select",
+                   "--alphas", 0.25, 0.5, 0.75, "--out", tmp_path / "w")
+    rows = rows_of(results)
+    assert list(rows) == ["zero-shot", "WiSE-FT 0.25", "WiSE-FT 0.5", "WiSE-FT 0.75", "fine-tuned"]
     accuracy = {float(alpha): x for alpha, x in results["held_out_accuracy"].items()}
     assert set(accuracy) == {0, 0.25, 0.5, 0.75, 1} and max(accuracy.values()) > accuracy[0]
     best = [alpha for alpha in accuracy if accuracy[alpha] == max(accuracy.values())]
     assert results["saved_alpha"] == min(best, key=lambda alpha: abs(alpha - 0.5))
     curve = [results["curve"][alpha] for alpha in ("0", "0.25", "0.5", "0.75", "1")]
     assert curve == [[row["id"], row["ood"]] for row in results["rows"]]
-    assert (tmp_path / "w" / "plane.png").stat().st_size > 10_000
-    rows = {r["name"]: r["tests"] for r in results["rows"]}
-    printed("wise_ft.py", "--finetuned", tmp_path / "w", "--alphas", 1, "--workers", 0,
-            "--out", tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert again["rows"][-1]["tests"]["test"]["nll"] == pytest.approx(
-        rows[wise_ft.row_name(results["saved_alpha"])]["test"]["nll"], abs=1e-4)
+    again = rows_of(here("wise_ft.py", "--finetuned", tmp_path / "w", "--alphas", 1, "--out",
+                         tmp_path / "again"))
+    want = rows[wise_ft.row_name(results["saved_alpha"])]["test"]["nll"]
+    assert again["fine-tuned"]["test"]["nll"] == pytest.approx(want, abs=1e-4)
     saved = {**load_file(tmp_path / "w" / "fine-tuned" / "open_clip_model.safetensors"),
              **load_file(tmp_path / "w" / "fine-tuned" / "head.safetensors")}
     start = open_clip.create_model(tiny_vit).state_dict()
@@ -131,33 +123,28 @@ def test_script_selects_saves_and_draws(tmp_path, tiny_vit, freeze):
     assert (saved["bias"] == 0).all() == (freeze == "head")
 
 
-def test_the_linear_classifier_is_trained_on_features_read_once(tmp_path, tiny_resnet, monkeypatch):
+def test_the_linear_classifier_is_trained_on_features_read_once(tmp_path, base, tiny_resnet, reads):
     """As logistic regression written out; BatchNorm is still."""
-    tree, reads, read = write_tree(tmp_path / "tree"), [], common.read_image
-    monkeypatch.setattr(common, "read_image", lambda path: reads.append(path) or read(path))
-    printed("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_resnet,
-            "--freeze", "encoder", "--steps", 30, "--batch-size", 18, "--wd", 0, "--warmup", 0,
-            "--grad-clip", 0, "--alphas", 1, "--workers", 0, "--out", tmp_path / "w")
+    printed("wise_ft.py", *base, "--model", tiny_resnet, "--freeze", "encoder", "--steps", 30,
+            "--batch-size", 18, "--wd", 0, "--warmup", 0, "--grad-clip", 0, "--alphas", 1, "--out",
+            tmp_path / "w")
     train = [path for path in reads if "/train/" in path]
     assert len(train) == len(set(train)) == 60  # 54 of them, and 6 held out, for ten epochs
-    args = json.loads((tmp_path / "w" / "args.json").read_text())
+    args = common.read_json(tmp_path / "w" / "args.json")
     assert (args["lr"], args["augment"]) == (0.1, "none")  # D.3's
 
-    monkeypatch.setattr("sys.argv", ["wise_ft.py", "--data", "folder", "--data-dir", str(tree)])
-    images = common.load_data(wise_ft.get_args()).train
+    images = common.load_data(args_of("wise_ft.py", *base)).train
     images.prepare(PreprocessCfg(size=32))
     clip = open_clip.create_model(tiny_resnet).eval()
     x = torch.stack([images[i][0] for i in range(54)])
     with torch.no_grad():
         f = F.normalize(clip.encode_image(images.normalized(x)), dim=-1)
-    names = ["blue square", "green square", "red square"]
-    head = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer(tiny_resnet), names,
+    head = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer(tiny_resnet), NAMES,
                                                 ["a photo of a {}."]).T
     W = torch.nn.Parameter(clip.logit_scale.exp().item() * head)
     b = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([W, b], lr=0.1, weight_decay=0)
-    order = torch.cat([torch.tensor(common.np.random.default_rng([0, epoch]).permutation(54))
-                       for epoch in range(10)])
+    order = np.concatenate([np.random.default_rng([0, e]).permutation(54) for e in range(10)])
     for step in range(30):
         optimizer.param_groups[0]["lr"] = common.learning_rate(step, 30, 0.1, 0)
         chosen = order[18 * step:18 * step + 18]
