@@ -1,8 +1,11 @@
 """common.py: heads, metrics, choices, schedule, order, images, flags, files of a run."""
+import importlib
 import json
 import math
 import os
+import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import open_clip
@@ -14,18 +17,24 @@ from PIL import Image
 from torchvision import transforms
 
 import common
-import drm
-import lipsum_ft
-import vrf
-import wise_ft
-from tests.conftest import complaint, printed, write_tree
+from tests.conftest import (
+    CONFIG,
+    METHODS,
+    SCRIPTS,
+    TEXT,
+    args_of,
+    complaint,
+    data_flags,
+    here,
+    log_of,
+    printed,
+    write_tree,
+)
 
-METHODS = [wise_ft, lipsum_ft, vrf, drm]
 
-
-def image_set(images, labels, **how):
+def image_set(labels, **how):
     """An ImageSet of paths that are not read."""
-    return common.ImageSet("t", images or [f"{i}.jpg" for i in range(len(labels))], labels, **how)
+    return common.ImageSet("t", [f"{i}.jpg" for i in range(len(labels))], labels, **how)
 
 
 def names_of(images):
@@ -86,9 +95,8 @@ def test_encode_texts_equals_open_clip_at_all_77_positions(tiny_vit, custom):
 @pytest.mark.parametrize("change", [
     dict(no_causal_mask=True), dict(pool_type="last"), dict(pool_type="eos", eos_id=49407)])
 def test_a_tower_that_needs_its_full_context_gets_it(tiny_vit, change):
-    cfg = json.loads(open(tiny_vit[10:] + "/open_clip_config.json").read())["model_cfg"]
     torch.manual_seed(0)
-    clip = open_clip.CustomTextCLIP(**{**cfg, "text_cfg": {**cfg["text_cfg"], **change}}).eval()
+    clip = open_clip.CustomTextCLIP(**{**CONFIG, "text_cfg": {**TEXT, **change}}).eval()
     tokens = open_clip.get_tokenizer(tiny_vit)(["a cat", "a photo of a dog"])
     with torch.no_grad():
         want = F.normalize(clip.encode_text(tokens), dim=-1)
@@ -126,24 +134,22 @@ def test_metrics_of_hand_worked_logits():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
     scores = common.image_scores(logits + 7, torch.tensor([0, 2]))
     assert scores.dtype == torch.double
-    confidence, predicted, nll = scores.unbind(dim=1)
-    assert confidence.tolist() == pytest.approx([0.5, 0.8])
-    assert predicted.tolist() == [0, 1]
-    assert nll.tolist() == pytest.approx([math.log(2), math.log(10)])
-    m = common.metrics(scores, image_set(None, [0, 2]))
+    for row, want in zip(scores.T, ([0.5, 0.8], [0, 1], [math.log(2), math.log(10)])):
+        assert row.tolist() == pytest.approx(want)
+    m = common.metrics(scores, image_set([0, 2]))
     assert m["acc"] == 50 and m["n"] == 2
     assert m["nll"] == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
     assert m["ece"] == pytest.approx(100 * (0.5 * abs(1 - 0.5) + 0.5 * abs(0 - 0.8)))
     broken = common.image_scores(torch.full((2, 3), math.nan), torch.tensor([0, 2]))
     with pytest.raises(common.Fail, match="not numbers"):
-        common.metrics(broken, image_set(None, [0, 2]))
+        common.metrics(broken, image_set([0, 2]))
 
 
 def test_projection_takes_the_largest_logit_of_a_label():
     logits = torch.tensor([[1.0, 5.0, 2.0, 9.0]])
-    images = image_set(None, [0], classes=[[2], [0, 1]])
+    images = image_set([0], classes=[[2], [0, 1]])
     assert images.project(logits).tolist() == [[2.0, 5.0]]
-    assert image_set(None, [0]).project(logits) is logits
+    assert image_set([0]).project(logits) is logits
 
 
 def test_log_probabilities_and_their_scores_are_exact():
@@ -233,7 +239,7 @@ def by_hand(augment, mean, std):
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
 def test_images_are_those_of_open_clip_s_transform(augment):
     preprocess = PreprocessCfg(size=32)
-    ours, images = common.image_transform(preprocess, augment), image_set(None, [0])
+    ours, images = common.image_transform(preprocess, augment), image_set([0])
     images.prepare(preprocess)
     wants = [by_hand(augment, preprocess.mean, preprocess.std)]
     if augment != "crop-flip":  # open_clip's has no flip
@@ -327,7 +333,7 @@ def test_frozen_parts_stay_as_they_are(tiny_resnet):
         assert copied.head.grad is not None and model.head.grad is None
 
 
-def test_a_broken_or_strange_file_is_named(tmp_path):
+def test_a_broken_or_strange_file_is_named(tmp_path, monkeypatch):
     Image.effect_noise((300, 300), 50).convert("RGB").save(tmp_path / "good.jpg")
     good = (tmp_path / "good.jpg").read_bytes()
     for name, content in {"header.jpg": good[:100], "pixels.jpg": good[:-2000], "empty.jpg": b"",
@@ -347,24 +353,15 @@ def test_a_broken_or_strange_file_is_named(tmp_path):
             images[i]
         assert str(error.value).startswith(f"{file}: cannot be read"), file
         assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("decoder"), MemoryError(), KeyError("x")])
-def test_whatever_a_decoder_raises_is_one_sentence(tmp_path, monkeypatch, error):
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    images = common.ImageSet("t", [tmp_path / "a.png"], [0])
-    images.prepare(PreprocessCfg(size=8))
-
-    def broken(path):
-        raise error
-    monkeypatch.setattr(common, "read_image", broken)
-    with pytest.raises(common.Fail, match="a.png: cannot be read as an image"):
-        images[0]
+    for raised in (RuntimeError("decoder"), MemoryError(), KeyError("x")):  # by decoders
+        monkeypatch.setattr(common, "read_image", mock.Mock(side_effect=raised))
+        with pytest.raises(common.Fail, match="good.jpg: cannot be read as an image"):
+            images[0]
 
 
 def test_holdout_and_shots_are_balanced_and_disjoint():
     labels = np.repeat([0, 1, 2], [10, 20, 5])
-    train = image_set(None, labels)
+    train = image_set(labels)
     kept, held = common.hold_out(train, 0.2)
     mine, others = set(names_of(kept)), set(names_of(held))
     assert np.bincount(held.labels).tolist() == [2, 4, 1] and not mine & others
@@ -386,22 +383,14 @@ def test_holdout_and_shots_are_balanced_and_disjoint():
 # ------------------------------------ Flags and recipes ------------------------------------
 
 
-def args_of(method, *flags):
-    """The flags of a method as its get_args() makes them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [f"{method.__name__}.py", *map(str, flags)])
-        return method.get_args()
-
-
-def test_few_shots_have_no_warm_up_and_hold_out_at_most_4_images_a_class(tree):
-    flags = ["--data", "folder", "--data-dir", tree]
-    assert args_of(lipsum_ft, *flags).warmup == 0.1
-    assert args_of(lipsum_ft, *flags, "--shots", 4).warmup == 0
-    assert args_of(wise_ft, "--data", "imagenet").warmup == 500
-    assert args_of(wise_ft, "--data", "imagenet", "--shots", 4).warmup == 0
-    assert args_of(lipsum_ft, *flags, "--shots", 4, "--warmup", 0.2).warmup == 0.2
+def test_few_shots_have_no_warm_up_and_hold_out_at_most_4_images_a_class(base):
+    for data, flags, warmup in ((base, [], 0.1), (base, ["--shots", 4], 0),
+                                (["--data", "imagenet"], [], 500),
+                                (["--data", "imagenet"], ["--shots", 4], 0),
+                                (base, ["--shots", 4, "--warmup", 0.2], 0.2)):
+        assert args_of("wise_ft.py", *data, *flags).warmup == warmup
     for shots, share, want in ((1, 0.5, 1), (3, 0.5, 3), (8, 0.5, 4), (3, 0.1, 2), (0, 0.5, 10)):
-        args = args_of(lipsum_ft, *flags, "--shots", shots, "--holdout", share)
+        args = args_of("lipsum_ft.py", *base, "--shots", shots, "--holdout", share)
         data = common.load_data(args)
         assert np.bincount(data.val.labels).tolist() == [want] * 3, shots
         assert np.bincount(data.train.labels).tolist() == [shots or 20 - want] * 3
@@ -410,34 +399,29 @@ def test_few_shots_have_no_warm_up_and_hold_out_at_most_4_images_a_class(tree):
 
 def test_parts_and_warm_up_fit_the_steps(monkeypatch):
     data = SimpleNamespace(train=range(100), val=[])
-    args = SimpleNamespace(finetuned="", batch_size=10, accum=4, steps=40, epochs=None,
+    args = SimpleNamespace(finetuned="", batch_size=8, accum=4, steps=40, epochs=None,
                            warmup=500.0, keep="last")
 
-    def check(**changes):
+    def check(ranks=1, **changes):
+        monkeypatch.setattr(common, "WORLD", ranks)
         common.check_steps(SimpleNamespace(**{**vars(args), **changes}), data)
-    with pytest.raises(common.Fail, match="--batch-size 10: .* 4 --accum"):
-        check()
-    with pytest.raises(common.Fail, match="--warmup 500"):
-        check(batch_size=8)
-    monkeypatch.setattr(common, "WORLD", 3)
-    with pytest.raises(common.Fail, match="3 ranks"):
-        check(batch_size=8)
-    monkeypatch.setattr(common, "WORLD", 1)
+    for changes, said in ((dict(batch_size=10), "--batch-size 10: .* 4 --accum"),
+                          (dict(), "--warmup 500"), (dict(ranks=3), "3 ranks"),
+                          (dict(warmup=40.0), "would not end"),
+                          (dict(warmup=0.0, keep="best"), "--keep best")):
+        with pytest.raises(common.Fail, match=said):
+            check(**changes)
     for steps, warmup in ((40, 4.0), (40, 39.0), (40, 0.99), (1, 0.1), (5, 0.0)):
-        check(batch_size=8, steps=steps, warmup=warmup)
-    with pytest.raises(common.Fail, match="would not end"):
-        check(batch_size=8, warmup=40.0)
-    with pytest.raises(common.Fail, match="--keep best"):
-        check(batch_size=8, warmup=0.0, keep="best")
+        check(steps=steps, warmup=warmup)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_help_shows_the_values_of_the_recipe(method):
     def shown(*flags):
-        text = printed(f"{method.__name__}.py", *flags, "--help")
+        text = printed(f"{method}.py", *flags, "--help")
         return " ".join(text[text.index("\noptions:"):].split())
     imagenet, shapes = shown("--data", "imagenet"), shown()
-    recipe = method.RECIPES["imagenet"]
+    recipe = importlib.import_module(method).RECIPES["imagenet"]
     assert f"peak learning rate of AdamW (default: {recipe['lr']})" in imagenet
     assert f"--accum parts (default: {recipe['batch_size']})" in imagenet
     assert "at most 4 a class (default: 0.02)" in imagenet
@@ -461,13 +445,10 @@ def test_a_method_must_give_every_flag_a_value_and_every_key_a_flag(monkeypatch)
         run(good, data="cifar10")
 
 
-def test_a_flag_that_a_method_does_not_use_is_refused(tmp_path, tree, tiny_vit):
-    base = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--out", tmp_path / "r"]
-    args = args_of(lipsum_ft, *base)
-    args.predict, args.finetuned = str(tree), ""
+def test_a_flag_that_a_method_does_not_use_is_refused():
+    args = SimpleNamespace(method="new", predict="somewhere", finetuned="a run")
     with pytest.raises(common.Fail, match="--predict"):
-        common.start(args, common.load_data(args))
-    args.predict, args.finetuned = "", str(tree)
+        common.start(args, None)
     with pytest.raises(common.Fail, match="--finetuned"):
         common.trainable(torch.nn.Linear(2, 2), args, ())
 
@@ -499,11 +480,9 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path, monkeypatch):
     def parts():
-        torch.manual_seed(0)
         model = torch.nn.Linear(2, 2)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
         return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()),
-                "scaler": scaler}
+                "scaler": torch.amp.GradScaler("cpu", enabled=False)}
     path, mine = tmp_path / "last.ckpt", parts()
     assert common.load_checkpoint(path, mine) is None
     common.save_checkpoint(path, mine, (3, {"accuracy": 50.0}, 7))
@@ -521,7 +500,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path, 
     with pytest.raises(common.Fail, match="not finite"):
         common.save_checkpoint(path, mine, (5, {}, 9))
     again = parts()
-    torch.nn.init.zeros_(again["model"].weight)
     assert common.load_checkpoint(path, again) == (3, {"accuracy": 50.0}, 7)
     assert all(torch.equal(again["model"].state_dict()[name], before[name]) for name in before)
     path.write_bytes(path.read_bytes()[:500])
@@ -555,24 +533,20 @@ def test_moments_of_a_gpu_go_on_anywhere(tmp_path, layout):
 
 
 def test_results_and_logs_are_plain_json(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=6, test=3)
-    (tree / "shifts" / "dark").rename(tree / "dark")
-    (tree / "shifts").rmdir()  # without a shift OOD is no number, and JSON has no NaN
-    printed("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps",
-            22, "--batch-size", 4, "--lam", 0, "--workers", 0, "--out", tmp_path / "r")
-    text = (tmp_path / "r" / "results.json").read_text()
-    results = json.loads(text, parse_constant=pytest.fail)
+    tree, out = write_tree(tmp_path / "tree", train=6, test=3), tmp_path / "r"
+    shutil.rmtree(tree / "shifts")  # without a shift OOD is no number, and JSON has no NaN
+    here("lipsum_ft.py", *data_flags(tree, tiny_vit), "--steps", 22, "--batch-size", 4, "--lam", 0,
+         "--out", out)
+    results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["args"]["method"] == "lipsum_ft"
     assert [r["name"] for r in results["rows"]] == ["zero-shot", "fine-tuned"]
     row = results["rows"][1]
     assert row["id"] == row["tests"]["test"]["acc"] and row["ood"] is None
-    lines = [json.loads(x) for x in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
-    steps = [x for x in lines if "loss" in x]
-    assert [x["step"] for x in steps] == list(range(22))  # also those after the last 20
-    assert all({"step", "lr", "loss", "ce"} == line.keys() for line in steps)
-    rates = [common.learning_rate(step, 22, 1e-5, 0.1) for step in range(22)]
-    assert [x["lr"] for x in steps] == pytest.approx(rates)
-    held_out = [x["step"] for x in lines if "held_out_acc" in x]
+    for step, line in enumerate(log_of(out, "loss")):
+        assert line.keys() == {"step", "lr", "loss", "ce"} and line["step"] == step
+        assert line["lr"] == pytest.approx(common.learning_rate(step, 22, 1e-5, 0.1))
+    assert step == 21  # also those after the last 20
+    held_out = [line["step"] for line in log_of(out, "held_out_acc")]
     assert held_out == [4, 8, 12, 15, 19, 22]  # 15 images an epoch, 4 a step
 
 
@@ -595,44 +569,40 @@ def test_saved_files_are_readable_like_any_other(tmp_path):
     assert len(modes) == 1
 
 
-def test_mistakes_in_flags_are_one_line_and_leave_nothing(tmp_path, tree, tiny_vit, monkeypatch):
+def test_mistakes_in_flags_are_one_line_and_leave_nothing(tmp_path, tree, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("all my work")
-    data = ["--data", "folder", "--data-dir", tree]
+    data = base[:4]
     cases = [("--data", "cifar11"), ("--bogus", 1), ("--lra", 1), ("--lr", -1), ("--lr", "nan"),
              ("--lr", "inf"), ("--lr", "fast"), ("--wd", -0.1), ("--epochs", 0), ("--steps", 0),
              ("--steps", 1.5), ("--batch-size", 0), ("--accum", 0), ("--warmup", -1),
              ("--grad-clip", -1), ("--holdout", 1), ("--shots", -1), ("--shots", 99),
              ("--workers", -2), ("--seed", -1), ("--lam", -1), ("--texts", 0), ("--text-length", 0),
-             ("--augment", "mixup"), ("--freeze", "all"),
-             ("--precision", "int8"), ("--precision", "fp16"), ("--limit", -5),
-             ("--tests", "night"),
-             ("--save-every", -1), ("--keep", "all"), ("--out", "taken"), ("--resume", "taken"),
-             ("--resume", "gone"), ("--finetuned", "gone"), ("--predict", tree),
+             ("--augment", "mixup"), ("--freeze", "all"), ("--precision", "int8"),
+             ("--precision", "fp16"), ("--limit", -5), ("--tests", "night"), ("--save-every", -1),
+             ("--keep", "all"), ("--out", "taken"), ("--resume", "taken"), ("--resume", "gone"),
+             ("--finetuned", "gone"), ("--predict", tree),
              ("--model", "ViT-B-17"), ("--model", "local-dir:nowhere"), ("--data-dir", "nowhere"),
              ("--model", "hf-hub:nobody/nothing"), ("--pretrained", "openai")]
     for flag, value in cases:
-        base = [*(data if flag != "--data-dir" else data[:2]), "--out", "new", "--model", tiny_vit]
-        line = complaint("lipsum_ft.py", *base, flag, value)
+        line = complaint("lipsum_ft.py", *base, "--out", "new", flag, value)
         assert flag in line or str(value) in line, (flag, value, line)
         assert not (tmp_path / "new").exists(), flag
     for script, flags, words in [
             ("lipsum_ft.py", [*data, "--steps", 5, "--epochs", 1], "--epochs"),
             ("lipsum_ft.py", ["--data-dir", tree], "--data"),
             ("lipsum_ft.py", [*data, "--model", "ViT-B-32", "--pretrained", "openia"], "openia"),
-            ("wise_ft.py", ["--alphas", 0, 1.5], "--alphas"), ("wise_ft.py", ["--alpha", -1],
-                                                              "--alpha"),
+            ("lipsum_ft.py", [*base, "--text-length", 99], "--text-length"),
+            ("wise_ft.py", ["--alphas", 0, 1.5], "--alphas"),
+            ("wise_ft.py", ["--alpha", -1], "--alpha"),
             ("wise_ft.py", ["--alpha", 0.3, "--select"], "--alpha"),
             ("wise_ft.py", [*data, "--select", "--holdout", 0], "--select"),
-            ("vrf.py", ["--a", 1], "--a"), ("vrf.py", ["--b", -1], "--b"), ("vrf.py", ["--k", -1],
-                                                                           "--k"),
-            ("vrf.py", ["--k", 3, "--k-rule", "paper"], "--k"),
             ("vrf.py", [*data, "--holdout", 0], "--holdout"),
-            *((f"{method.__name__}.py", ["--predict", tree], "--finetuned") for method in METHODS)]:
+            ("vrf.py", ["--a", 1], "--a"), ("vrf.py", ["--b", -1], "--b"),
+            ("vrf.py", ["--k", -1], "--k"), ("vrf.py", ["--k", 3, "--k-rule", "paper"], "--k"),
+            *((script, ["--predict", tree], "--finetuned") for script in SCRIPTS)]:
         assert words in complaint(script, *flags, "--out", "new2"), flags
     assert not (tmp_path / "new2").exists()
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "all my work"
-    longer = ["--model", tiny_vit, "--text-length", 99, "--out", "new3"]
-    assert "--text-length" in complaint("lipsum_ft.py", *data, *longer)
