@@ -5,6 +5,7 @@ Each test is a kind of mistake from public reports that was silent, or told of s
 import json
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import open_clip
 import pytest
@@ -12,25 +13,31 @@ import torch
 from safetensors.torch import load_file
 
 import common
-from tests.conftest import TEXT, complaint, printed, save_clip, save_tensors, write_tree
-
-SCRIPTS = ["wise_ft.py", "lipsum_ft.py", "vrf.py", "drm.py"]
-NAMES = ["blue square", "green square", "red square"]
-VISION = dict(image_size=32, patch_size=8, width=64, head_width=32, layers=1)
-CONFIG = dict(embed_dim=32, vision_cfg=VISION, text_cfg={**TEXT, "layers": 1})
+from tests.conftest import (
+    CONFIG,
+    NAMES,
+    SCRIPTS,
+    VIT,
+    complaint,
+    data_flags,
+    here,
+    printed,
+    save_clip,
+    save_tensors,
+    write_tree,
+)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tree with descriptions, a CLIP, flags for both, and the CLIP's state dict."""
+    """A tree with descriptions, a CLIP in a folder, flags for both, and the CLIP's state dict."""
     tmp = tmp_path_factory.mktemp("doors")
     tree = write_tree(tmp / "tree", train=15, test=3)
     told = {name: f"a plate of {name[:-7]}" for name in NAMES}
     (tree / "descriptions.json").write_text(json.dumps(told))
-    model = save_clip(tmp / "clip", CONFIG)
-    state = load_file(tmp / "clip" / "open_clip_model.safetensors")
-    base = ["--data", "folder", "--data-dir", tree, "--model", model, "--workers", 0]
-    return SimpleNamespace(tree=tree, model=model, state=state, base=base)
+    base, folder = data_flags(tree, save_clip(tmp / "clip", CONFIG)), tmp / "clip"
+    state = load_file(folder / "open_clip_model.safetensors")
+    return SimpleNamespace(tree=tree, base=base, folder=folder, state=state)
 
 
 def refused(script, world, path, out):
@@ -73,38 +80,33 @@ def test_weights_are_taken_whole_or_not_at_all(world, tmp_path, script):
             assert name in refused(script, world, tmp_path / "wise.pt", new)
         torch.save({**wise, **head}, tmp_path / "wise.pt")  # a head without a bias
         torch.save({"head": head["classification_head.weight"], **visual}, tmp_path / "ours.pt")
-        rows = []
-        for file in ("wise.pt", "ours.pt"):
-            out = tmp_path / file[:4]
-            printed(script, *world.base, "--finetuned", tmp_path / file, "--out", out)
-            results = json.loads((out / "results.json").read_text())
-            rows.append([row["tests"] for row in results["rows"]])
-        assert rows[0] == rows[1]
+        wise, ours = [here(script, *world.base, "--finetuned", tmp_path / f"{name}.pt", "--out",
+                           tmp_path / name)["rows"] for name in ("wise", "ours")]
+        assert wise == ours
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_belongs_to_weights_is_compared(world, tmp_path, script):
-    for part, change in (("preprocess_cfg", {"mean": [0.5, 0.5, 0.5]}),
-                         ("preprocess_cfg", {"interpolation": "bilinear"}),
-                         ("preprocess_cfg", {"resize_mode": "squash"}),
-                         ("model_cfg", {"quick_gelu": True})):
-        folder = tmp_path / "folder"
-        shutil.copytree(world.model[10:], folder)
-        config = json.loads((folder / "open_clip_config.json").read_text())
-        config[part] |= change
-        (folder / "open_clip_config.json").write_text(json.dumps(config))
-        assert next(iter(change)) in refused(script, world, folder, tmp_path / "new")
-        shutil.rmtree(folder)
+    shutil.copytree(world.folder, tmp_path / "folder")
+    file = tmp_path / "folder" / "open_clip_config.json"
+    good = file.read_text()
+    for part, key, value in (("preprocess_cfg", "mean", [0.5, 0.5, 0.5]),
+                             ("preprocess_cfg", "interpolation", "bilinear"),
+                             ("preprocess_cfg", "resize_mode", "squash"),
+                             ("model_cfg", "quick_gelu", True)):
+        config = json.loads(good)
+        config[part][key] = value
+        file.write_text(json.dumps(config))
+        assert key in refused(script, world, file.parent, tmp_path / "new")
     line = complaint(script, *world.base, "--pretrained", "openai", "--out", tmp_path / "new")
     assert "--pretrained openai" in line
 
 
 def test_weights_of_another_activation_are_an_error(monkeypatch):
     """open_clip warns; accuracy is lost silently."""
-    def downloaded(*_, **__):
-        raise FileNotFoundError("asked for the weights")
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "weights.pt")
-    monkeypatch.setattr(open_clip.factory, "load_checkpoint", downloaded)
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint",
+                        mock.Mock(side_effect=FileNotFoundError("asked for the weights")))
     for name, words in (("ViT-B-32", "QuickGELU mismatch"), ("ViT-B-32-quickgelu", "asked for")):
         with pytest.raises(common.Fail, match=words):
             common.load_clip(SimpleNamespace(model=name, pretrained=""))
@@ -113,17 +115,12 @@ def test_weights_of_another_activation_are_an_error(monkeypatch):
 def test_a_file_that_is_called_like_a_tag_is_not_taken_for_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openai").touch()
-    asked = []
-
-    def create(name, pretrained, **how):
-        asked.append((pretrained, how["require_pretrained"]))
-        raise RuntimeError("enough")
+    create = mock.Mock(side_effect=RuntimeError("enough"))
     monkeypatch.setattr(open_clip, "create_model", create)
-    for args in (SimpleNamespace(model="ViT-B-32-quickgelu", pretrained=""),
-                 SimpleNamespace(model="local-dir:clip", pretrained="")):
+    for model, tag in (("ViT-B-32-quickgelu", "openai"), ("local-dir:clip", None)):
         with pytest.raises(common.Fail, match="enough"):
-            common.load_clip(args)
-    assert asked == [("openai", True), (None, True)]
+            common.load_clip(SimpleNamespace(model=model, pretrained=""))
+        create.assert_called_with(model, tag, device=common.DEVICE, require_pretrained=True)
 
 
 def test_a_weights_file_of_a_named_model_comes_through_the_same_door(tmp_path):
@@ -142,17 +139,12 @@ def test_a_weights_file_of_a_named_model_comes_through_the_same_door(tmp_path):
 
 def test_an_image_tower_that_returns_its_tokens_too_gives_the_same_rows(world, tmp_path):
     """As CoCa's."""
-    config = {**CONFIG, "vision_cfg": {**VISION, "output_tokens": True}}
-    tokens = save_clip(tmp_path / "tokens", config)
-    save_tensors(tmp_path / "tokens" / "open_clip_model.safetensors", world.state)
+    tokens = save_clip(tmp_path / "t", {**CONFIG, "vision_cfg": {**VIT, "output_tokens": True}})
+    save_tensors(tmp_path / "t" / "open_clip_model.safetensors", world.state)
     rows = []
-    for model, out in ((world.model, "a"), (tokens, "b")):
-        printed("wise_ft.py", *world.base[:4], "--model", model, "--steps", 3, "--workers", 0,
-                "--out", tmp_path / out)
-        results = json.loads((tmp_path / out / "results.json").read_text())
-        rows.append([row["tests"] for row in results["rows"]])
-        text = printed("wise_ft.py", "--finetuned", tmp_path / out, "--predict",
-                       world.tree / "test", "--workers", 0)
+    for more, out in (([], tmp_path / "a"), (["--model", tokens], tmp_path / "b")):
+        rows.append(here("wise_ft.py", *world.base, *more, "--steps", 3, "--out", out)["rows"])
+        text = printed("wise_ft.py", "--finetuned", out, "--predict", world.tree / "test")
         assert len(text.splitlines()) == 10
     assert rows[0] == rows[1]
 
@@ -161,25 +153,26 @@ def test_an_image_tower_that_returns_its_tokens_too_gives_the_same_rows(world, t
 
 
 @pytest.fixture(scope="module")
-def finished(world, tmp_path_factory):
+def once(world, tmp_path_factory):
     """A run whose training is over, on a tree of its own."""
     tmp = tmp_path_factory.mktemp("finished")
     tree = shutil.copytree(world.tree, tmp / "tree")
     (tree / "templates.txt").write_text("a photo of a {}.\n")
-    printed("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", world.model,
-            "--steps", 2, "--workers", 0, "--no-baseline", "--out", tmp / "run")
+    printed("lipsum_ft.py", *world.base, "--data-dir", tree, "--steps", 2, "--no-baseline", "--out",
+            tmp / "run")
     return tmp
+
+
+@pytest.fixture
+def finished(once, tmp_path):
+    """A copy of it to change: (its tree, its run)."""
+    shutil.copytree(once, tmp_path / "moved")
+    return tmp_path / "moved" / "tree", tmp_path / "moved" / "run"
 
 
 def rename(tree, old, new):
     for split in ("train", "test", "shifts/dark"):
         (tree / split / old).rename(tree / split / new)
-
-
-def swap(tree):
-    rename(tree, "red_square", "x")
-    rename(tree, "blue_square", "red_square")
-    rename(tree, "x", "blue_square")
 
 
 CHANGES = {
@@ -192,10 +185,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_resumed_run_must_find_what_it_found(finished, tmp_path, what):
+def test_a_resumed_run_must_find_what_it_found(finished, what):
     """A renamed class once gave 0.00 in the place of 100.00."""
-    shutil.copytree(finished, tmp_path / "moved")
-    run, tree = tmp_path / "moved" / "run", tmp_path / "moved" / "tree"
+    tree, run = finished
     flags = ["lipsum_ft.py", "--resume", run, "--data-dir", tree]  # moved data go on
     printed(*flags, "--precision", "auto")
     CHANGES[what](tree)
@@ -203,19 +195,17 @@ def test_a_resumed_run_must_find_what_it_found(finished, tmp_path, what):
     assert what in line and "not as the run found them" in line
 
 
-def test_a_resumed_run_computes_as_it_did(finished, tmp_path):
+def test_a_resumed_run_computes_as_it_did(once, monkeypatch):
     """Also where `auto` is another precision on another machine."""
-    resume = ["--resume", finished / "run"]
+    resume = ["--resume", once / "run"]
     assert "--precision" in complaint("lipsum_ft.py", *resume, "--precision", "bf16")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "tower_precision", lambda args: torch.bfloat16)
-        assert "found them: precision" in complaint("lipsum_ft.py", *resume)
+    monkeypatch.setattr(common, "tower_precision", lambda args: torch.bfloat16)
+    assert "found them: precision" in complaint("lipsum_ft.py", *resume)
 
 
 def test_other_held_out_images_than_those_of_the_run_are_said(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "moved")
-    run, tree = tmp_path / "moved" / "run", tmp_path / "moved" / "tree"
-    flags = ["wise_ft.py", "--finetuned", run, "--data-dir", tree, "--alphas", 1, "--workers", 0]
+    tree, run = finished
+    flags = ["wise_ft.py", "--finetuned", run, "--data-dir", tree, "--alphas", 1]
     assert "warning" not in printed(*flags, "--out", tmp_path / "a")
     for image in list((tree / "train" / "red_square").iterdir())[:5]:
         image.unlink()
@@ -226,11 +216,11 @@ def test_other_held_out_images_than_those_of_the_run_are_said(finished, tmp_path
         assert flag in complaint(*flags, flag, value, "--out", tmp_path / "c")
 
 
-def test_the_weights_that_a_run_starts_from_are_found_again(finished, world, tmp_path):
+def test_the_weights_that_a_run_starts_from_are_found_again(once, world, tmp_path):
     """A local-dir model that is made anew has the same name, and gave another theta_0."""
-    weights = world.model.removeprefix("local-dir:") + "/open_clip_model.safetensors"
-    resume = ["lipsum_ft.py", "--resume", finished / "run"]
-    again = ["wise_ft.py", "--finetuned", finished / "run", "--alphas", 1, "--workers", 0]
+    weights = world.folder / "open_clip_model.safetensors"
+    resume = ["lipsum_ft.py", "--resume", once / "run"]
+    again = ["wise_ft.py", "--finetuned", once / "run", "--alphas", 1]
     try:
         save_tensors(weights, {**world.state, "ln_final.bias": world.state["ln_final.bias"] + 1})
         assert "found them: starting weights" in complaint(*resume)
@@ -254,35 +244,31 @@ def test_a_torn_log_does_not_end_a_resumed_run(world, tmp_path, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_would_do_nothing_are_refused(world, tmp_path, script):
-    line = complaint(script, "--predict", world.tree, "--finetuned", tmp_path, "--lr", 1)
-    assert "--lr" in line and "nothing is trained" in line
-    line = complaint(script, *world.base, "--finetuned", tmp_path / "x.pt", "--steps", 5, "--wd", 0)
-    assert "--steps, --wd: would do nothing" in line
-    line = complaint(script, "--pretrained", "laion2b", "--out", tmp_path / "new")
-    assert "--pretrained laion2b" in line and "shapes-clip" in line
+    for flags, words in (
+            (["--predict", world.tree, "--finetuned", tmp_path, "--lr", 1], "--lr: would do"),
+            ([*world.base, "--finetuned", "x.pt", "--steps", 5, "--wd", 0], "--steps, --wd: would"),
+            (["--pretrained", "laion2b"], "--pretrained laion2b: --model shapes-clip")):
+        assert words in complaint(script, *flags)
 
 
 @pytest.mark.parametrize("fault", ["torn", "key", "missing"])
 def test_a_broken_local_dir_is_one_line(world, tmp_path, fault):
-    folder = shutil.copytree(world.model.removeprefix("local-dir:"), tmp_path / "m")
+    folder = shutil.copytree(world.folder, tmp_path / "m")
     weights, config = folder / "open_clip_model.safetensors", folder / "open_clip_config.json"
-    told = json.loads(config.read_text())
     if fault == "torn":
         weights.write_bytes(weights.read_bytes()[:99])
     elif fault == "key":
-        told["model_cfg"]["vision_cfg"]["colour"] = 1
+        config.write_text(config.read_text().replace('"layers"', '"colour": 1, "layers"'))
     else:
-        state = {name: x for name, x in world.state.items() if name != "ln_final.bias"}
-        save_tensors(weights, state)
-    config.write_text(json.dumps(told))
-    line = complaint("wise_ft.py", *world.base[:4], "--model", f"local-dir:{folder}", "--out",
+        save_tensors(weights, {k: x for k, x in world.state.items() if k != "ln_final.bias"})
+    line = complaint("wise_ft.py", *world.base, "--model", f"local-dir:{folder}", "--out",
                      tmp_path / "new")
     assert "--model local-dir:" in line and "--pretrained" not in line
     assert fault != "missing" or "ln_final.bias" in line
 
 
 def test_args_that_were_edited_are_one_line(finished, tmp_path):
-    run = shutil.copytree(finished / "run", tmp_path / "run")
+    _, run = finished
     args = json.loads((run / "args.json").read_text())
     for text, words in (("[]", "args.json"), ('{"method": "lips', "args.json"),
                         (json.dumps({**args, "lr": "fast"}), "--lr"),
@@ -297,33 +283,27 @@ def test_args_that_were_edited_are_one_line(finished, tmp_path):
 # ------------------------------------ Texts, workers ------------------------------------
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_texts_that_would_be_cut_are_refused(world, tmp_path, script):
-    """Two names that are equal up to the context's end gave one row of the head."""
-    tree = shutil.copytree(world.tree, tmp_path / "tree")
-    long = "a very long name that goes on " * 12
-    (tree / "classnames.txt").write_text(f"red_square\t{long}red\nblue_square\t{long}blue\n")
-    told = {f"{long}red": "a", f"{long}blue": "b", "green square": "c"}
-    (tree / "descriptions.json").write_text(json.dumps(told))
-    line = complaint(script, "--data", "folder", "--data-dir", tree, "--model", world.model,
-                     "--steps", 1, "--out", tmp_path / "new")
-    assert "longer than the 77 tokens" in line and "a very long name" in line
-    assert not (tmp_path / "new").exists()
+LONG = "a very long name that goes on " * 12
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_names_that_are_one_text_to_the_tokenizer_are_refused(world, tmp_path, script):
-    """The second of them was never predicted."""
+@pytest.mark.parametrize("red, blue, words", [
+    (f"{LONG}red", f"{LONG}blue", ["longer than the 77 tokens", "a very long name"]),
+    ("same", "SAME", ["one text to the tokenizer", "SAME"])])
+def test_names_that_are_one_text_to_the_text_tower_are_refused(world, tmp_path, script, red, blue,
+                                                               words):
+    """Two that are equal up to the context's end, or in lower case: one of them was never
+    predicted."""
     tree = shutil.copytree(world.tree, tmp_path / "tree")
-    (tree / "classnames.txt").write_text("red_square\tsame\nblue_square\tSAME\n")
-    told = {"same": "a", "SAME": "b", "green square": "c"}
+    (tree / "classnames.txt").write_text(f"red_square\t{red}\nblue_square\t{blue}\n")
+    told = {red: "a", blue: "b", "green square": "c"}
     (tree / "descriptions.json").write_text(json.dumps(told))
-    line = complaint(script, "--data", "folder", "--data-dir", tree, "--model", world.model,
-                     "--steps", 1, "--out", tmp_path / "new")
-    assert "one text to the tokenizer" in line and "SAME" in line
+    line = complaint(script, *world.base, "--data-dir", tree, "--steps", 1, "--out",
+                     tmp_path / "new")
+    assert all(word in line for word in words) and not (tmp_path / "new").exists()
 
 
-def test_workers_are_those_cores_that_the_process_may_use(monkeypatch, world):
+def test_workers_are_those_cores_that_the_process_may_use(monkeypatch):
     """taskset, Slurm and containers leave a process fewer than the machine has."""
     monkeypatch.setattr(common.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5})
     images = common.ImageSet("t", ["a.jpg"], [0])
