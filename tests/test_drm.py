@@ -19,9 +19,24 @@ from safetensors.torch import load_file
 
 import common
 import drm
-from tests.conftest import ROOT, TEXT, complaint, printed, run, save_clip, write_tree
+from tests.conftest import (
+    NAMES,
+    RANKS,
+    ROOT,
+    TEXT,
+    args_of,
+    complaint,
+    data_flags,
+    here,
+    log_of,
+    printed,
+    results_of,
+    rows_of,
+    run,
+    save_clip,
+    write_tree,
+)
 
-NAMES = ["blue square", "green square", "red square"]
 TOLD = {"red square": "a red patch", "blue square": "a blue patch",
         "green square": ["a green patch of five by five", "grass"]}
 PROMPTS = [f"a photo of a {name}." for name in NAMES]
@@ -29,20 +44,12 @@ TEXTS = [["a blue patch"], TOLD["green square"], ["a red patch"]]
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32")
 CLASSES, INDICES = [f"class {i}" for i in range(12)], [str(i) for i in range(12)]
 FOLDERS = sorted(INDICES)  # 0, 1, 10, 11, 2, ...
-STEPS = ["--batch-size", 16, "--workers", 0, "--augment", "none", "--keep", "last"]
+STEPS = ["--batch-size", 16, "--augment", "none", "--keep", "last"]
 
 
 def rows(out, *flags, script="drm.py"):
-    """{row: {test: metrics}} of the run in `out`; flags: it is made first, in this process."""
-    if flags:
-        printed(script, *flags, "--out", out)
-    return {row["name"]: row["tests"] for row in common.read_json(out / "results.json")["rows"]}
-
-
-def log_of(folder):
-    """(lines of steps, lines of held-out accuracies) of log.jsonl."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [a for a in lines if "loss" in a], [a for a in lines if "loss" not in a]
+    """{row: {test: metrics}} of the run in `out`; flags: it is made first."""
+    return rows_of(here(script, *flags, "--out", out) if flags else results_of(out))
 
 
 def same(a, b, abs=1e-4):
@@ -51,22 +58,16 @@ def same(a, b, abs=1e-4):
         a[test][m] == pytest.approx(b[test][m], abs=abs) for test in a for m in a[test])
 
 
-def arguments(*flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["drm.py", *map(str, flags)])
-        return drm.get_args()
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_vit):
     """A tree with descriptions, flags for it, its images, and a short run with its rows."""
     tree = write_tree(tmp_path_factory.mktemp("world") / "tree")
     (tree / "templates.txt").write_text("art of the {} in my garden\n")  # not DRM's prompts
     (tree / "descriptions.json").write_text(json.dumps(TOLD))
-    base, out = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit], tree.parent / "run"
+    base, out = data_flags(tree, tiny_vit), tree.parent / "run"
     found = rows(out, *base, *STEPS, "--steps", 12, "--lr", 2e-3, "--baseline", "--alpha", 0.4)
     return SimpleNamespace(tree=tree, model=tiny_vit, base=base, out=out, rows=found,
-                           data=common.load_data(arguments(*base)))
+                           data=common.load_data(args_of("drm.py", *base)))
 
 
 @torch.no_grad()
@@ -255,7 +256,7 @@ def test_lambda_0_is_flyp_step_for_step(world, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    log, _ = log_of(out)
+    log = log_of(out, "loss")
     assert [line["loss"] for line in log] == pytest.approx(losses, abs=1e-5)
     assert [line["step"] for line in log] == [*range(steps)] and losses[0] - losses[-1] > 1e-2
     saved = load_file(out / "open_clip_model.safetensors")
@@ -278,7 +279,7 @@ def test_the_first_step_of_parts_and_of_variants(world, tmp_path):
                  ["--erm", "ce"], ["--tau", 1e-3]):
         out = tmp_path / str(len(first))
         printed("drm.py", *flags, *more, "--out", out)
-        first += log_of(out)[0]
+        first += log_of(out, "loss")
     one, two, *_ = first
     assert one.keys() == {"step", "lr", "loss", "erm", "wrm", "s"}
     assert min(np.diff(sorted(line["loss"] for line in first))) > 1e-3, first
@@ -295,7 +296,8 @@ def test_the_first_step_of_parts_and_of_variants(world, tmp_path):
     for parts in (1, 8):  # a part of one image, whose loss would be 0
         few = [*flags, "--accum", parts, "--batch-size", parts, "--out", tmp_path / "few"]
         assert "--accum" in complaint("drm.py", *few) and not (tmp_path / "few").exists()
-        assert arguments(*few, "--erm", "ce") and arguments(*few, "--batch-size", 2 * parts)
+        for more in (["--erm", "ce"], ["--batch-size", 2 * parts]):
+            assert args_of("drm.py", *few, *more)
 
 
 def recorded(*flags):
@@ -320,8 +322,7 @@ def test_two_ranks_are_one_process(world, tmp_path):
              "--warmup", 0.1, "--lam", 2, "--workers", 0, "--no-baseline"]
     biased = [*flags, "--model", save_clip(tmp_path / "clip", config), "--steps", 3]
     runs = [[*flags, "--out", tmp_path / "two"], [*biased, "--out", tmp_path / "biased"]]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--module", "tests.test_drm", json.dumps(runs, default=str)]
+    ranks = [*RANKS, "--module", "tests.test_drm", json.dumps(runs, default=str)]
     workers = subprocess.Popen(ranks, cwd=ROOT)
     recorded(*flags, "--out", tmp_path / "one")
     assert workers.wait(timeout=300) == 0
@@ -329,7 +330,8 @@ def test_two_ranks_are_one_process(world, tmp_path):
     for a, b in zip(want, got, strict=True):  # the temperature's is the one number
         assert (a - b).abs().max() <= 1e-6 * (a.ndim > 0) + 1e-5 * a.abs().max()
     assert min(a.abs() for a in want if not a.ndim) > 1e-3
-    (one, best), (two, other) = (log_of(tmp_path / run) for run in ("one", "two"))
+    one, two = (log_of(tmp_path / run, "loss") for run in ("one", "two"))
+    best, other = (log_of(tmp_path / run, "held_out_acc") for run in ("one", "two"))
     assert len(one) == len(two) == 10 and len(best) == 3 and best == other
     for name in ("loss", "erm", "wrm"):
         assert [a[name] for a in one] == pytest.approx([b[name] for b in two], abs=1e-5), name
@@ -355,9 +357,9 @@ def test_the_epoch_that_is_best_held_out_is_kept(world, tmp_path, monkeypatch):
     flags = [*world.base, *STEPS, "--holdout", 0.4, "--keep", "best", "--beta", 0.3]
     printed("drm.py", *flags, "--batch-size", 18, "--epochs", 7, "--lr", 1e-3, "--warmup", 13,
             "--baseline", "--out", out)
-    val = common.load_data(arguments(*flags)).val
+    val = common.load_data(args_of("drm.py", *flags)).val
     for folder, own, beta in ((out / "erm", seen[:7], 1), (out, seen[7:], 0.3)):  # ERM: df alone
-        assert log_of(folder)[1] == [{"step": 2 * i, "held_out_acc": accuracy}
+        assert log_of(folder, "held_out_acc") == [{"step": 2 * i, "held_out_acc": accuracy}
                                      for i, accuracy in enumerate(made_up, 1)]
         clip, read = load(f"local-dir:{folder}")
         df, cd = both_heads(clip, noise)
@@ -394,7 +396,7 @@ def test_rows_are_those_of_the_saved_folder_and_of_the_average_by_hand(world):
 
 
 def test_a_finished_run_gives_its_rows_to_every_method(world, tmp_path):
-    done = ["--finetuned", world.out, "--workers", 0]
+    done = ["--finetuned", world.out]
     again = rows(tmp_path / "again", *done, "--alpha", 0.4)
     assert list(again) == [name for name in world.rows if not name.startswith("ERM")]
     assert all(same(again[name], world.rows[name]) for name in again)
@@ -428,7 +430,7 @@ def test_a_run_of_another_method_or_of_other_texts_is_refused(world, tmp_path):
 
 def test_predictions_are_the_mixture_of_the_run(world, tmp_path):
     """As a user runs it; beta is that of the run's lambda, unless it is given."""
-    out, done = tmp_path / "r", ["--finetuned", tmp_path / "r", "--workers", 0]
+    out, done = tmp_path / "r", ["--finetuned", tmp_path / "r"]
     (tmp_path / "head.safetensors").touch()  # of --finetuned only one is read
     assert run("drm.py", *world.base, *STEPS, "--steps", 6, "--lr", 1e-3, "--lam", 3, "--out", "r",
                "--no-baseline", cwd=tmp_path)["args"]["beta"] == 0.25
@@ -529,9 +531,9 @@ def test_wrong_descriptions_are_refused(pairs, words, tmp_path):
     assert all(word in said for word in words.split()), said
 
 
-def test_mistakes_are_one_line_and_leave_no_folder(tmp_path, tree, tiny_vit, monkeypatch):
+def test_mistakes_are_one_line_and_leave_no_folder(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--out", "new"]
+    base += ["--out", "new"]
     assert "--descriptions" in complaint("drm.py", *base)
     base += ["--descriptions", "d.json"]
     assert "d.json" in complaint("drm.py", *base)
@@ -551,15 +553,15 @@ def test_mistakes_are_one_line_and_leave_no_folder(tmp_path, tree, tiny_vit, mon
 
 
 def test_recipes_are_those_of_appendix_f():
+    want = dict(batch_size=256, lr=1e-5, warmup=500, grad_clip=0, augment="crop", keep="best",
+                lam=1, beta=0.5)
     for data, epochs, wd, prompt in (("imagenet", 10, 0.1, "a good photo of the {}."),
                                      ("iwildcam", 20, 0.2, "a photo of {}."),
                                      ("fmow", 20, 0.2, "satellite photo of a {}.")):
-        args = vars(arguments("--data", data, "--data-dir", "."))
-        want = dict(epochs=epochs, wd=wd, prompt=prompt, batch_size=256, lr=1e-5, warmup=500,
-                    grad_clip=0, augment="crop", keep="best", lam=1, beta=0.5)
-        assert {key: args[key] for key in want} == want
+        want |= dict(epochs=epochs, wd=wd, prompt=prompt)
+        assert want.items() <= vars(args_of("drm.py", "--data", data)).items()
     given = ["--lam", 4, "--beta", 0], ["--beta", 0.4], ["--lam", 0]
-    assert [arguments(*flags).beta for flags in given] == [1 / 5, 0.4, 1]  # Section 4.3
+    assert [args_of("drm.py", *flags).beta for flags in given] == [1 / 5, 0.4, 1]  # Section 4.3
 
 
 if __name__ == "__main__":  # a rank of test_two_ranks_are_one_process
