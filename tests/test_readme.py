@@ -1,7 +1,5 @@
-"""What the README shows is run: its examples, its lines for inference, and its results table."""
-import contextlib
-import importlib
-import io
+"""What the README shows is run: its examples, its commands, and its results table. Its lines for
+inference are run by tests/test_run.py."""
 import re
 import subprocess
 import sys
@@ -9,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT, run, write_tree
+from tests.conftest import METHODS, ROOT, args_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -38,42 +36,22 @@ def test_examples_of_functions_to_copy_run_as_they_stand(block):
 
 def test_there_is_an_example_for_every_method():
     text = "".join(examples("Copy a function"))
-    assert all(f"from {name} import" in text for name in ("wise_ft", "lipsum_ft", "vrf", "drm"))
+    assert all(f"from {name} import" in text for name in METHODS)
 
 
-def test_the_papers_commands_are_understood(monkeypatch):
+def test_the_papers_commands_are_understood():
     found = re.findall(r"(wise_ft|lipsum_ft|vrf|drm)\.py ([^`#\n]*--data [^`#(\n]*)", README)
     assert len(found) >= 15
     for method, flags in found:
         words = re.sub(r"\$\w+|\b[AB]\b", "1", flags).split()
         if "NAME" not in flags and "..." not in flags:
-            monkeypatch.setattr("sys.argv", [f"{method}.py", *words])
-            importlib.import_module(method).get_args()
-
-
-def test_six_lines_classify_an_image_as_predict_does(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=8, test=2)
-    run("wise_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps", 4,
-        "--batch-size", 8, "--alphas", 1, "--workers", 0, "--out", "w", cwd=tmp_path)
-    image = tree / "test" / "blue_square" / "000.jpg"
-    [block] = examples("Your own images")
-    code = block.replace("RUN", str(tmp_path / "w")).replace("IMAGE", str(image))
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(code, {})
-    command = [sys.executable, str(ROOT / "wise_ft.py"), "--finetuned", str(tmp_path / "w"),
-               "--predict", str(image.parent)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    path, name, probability = lines[1].split("\t")
-    shown = out.getvalue().split()
-    assert path == str(image) and " ".join(shown[:-1]) == name
-    assert float(shown[-1]) == pytest.approx(float(probability), abs=1e-4)
+            args_of(f"{method}.py", *words)
 
 
 def test_results_are_those_of_the_committed_scores():
-    command = [sys.executable, str(ROOT / "tests/results.py"), "--from",
-               str(ROOT / "tests/results.json")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "tests/results.py", "--from", "tests/results.json"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                             check=True).stdout
     assert printed.count("\n## ") == 2
     main, other = printed.split("\n## ")[1:]
     for line in main.splitlines()[1:]:

@@ -1,5 +1,6 @@
 """A run as users meet it: several ranks, kills at random moments, broken images, foreign and
 hostile checkpoints, --predict. Nothing is lost, nothing that is loaded runs code."""
+import contextlib
 import csv
 import io
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,64 +26,61 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
-import lipsum_ft
 from tests.conftest import (
+    ENV,
+    METHODS,
+    NAMES,
+    RANKS,
     ROOT,
+    SCRIPTS,
     Screen,
+    args_of,
     command,
     complaint,
+    data_flags,
+    here,
     in_process,
+    log_of,
     printed,
+    results_of,
+    rows_of,
     save_tensors,
     write_tree,
 )
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-NAMES = ["blue square", "green square", "red square"]
-SIX_LINES = """
-import open_clip, torch, json; from safetensors import safe_open; from PIL import Image
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:RUN")
-with safe_open("RUN/head.safetensors", "pt") as f: head = {k: f.get_tensor(k) for k in f.keys()}; \
-names = json.loads(f.metadata()["about"])["classnames"]
-x = model.eval().encode_image(preprocess(Image.open(FILE).convert("RGB"))[None], normalize=True)
-p = (head["scale"] * x @ head["head"].T + head.get("bias", 0)).softmax(-1)
-"""
-TRAIN = ["--steps", 4, "--lr", 1e-3, "--batch-size", 12, "--keep", "last", "--workers", 0]
+TRAIN = ["--steps", 4, "--lr", 1e-3, "--batch-size", 12, "--keep", "last"]
 
 
-def torchrun(n, script, *flags, cwd):
-    ranks = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
-             "--master_port", str(random.randint(20_000, 60_000))]
-    done = subprocess.run([*ranks, str(ROOT / script), *map(str, flags)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300, env=ENV)
+def torchrun(script, *flags, out):
+    begun = [*RANKS, *command(script, *flags, "--out", out)[1:]]
+    done = subprocess.run(begun, env=ENV, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0 and "FutureWarning" not in done.stderr, done.stderr[-3000:]
-    return results_of(cwd / flags[flags.index("--out") + 1])
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return rows_of(results_of(out))
 
 
 def losses_of(folder):
-    return np.array([line["loss"] for line in log_of(folder) if "loss" in line])
+    return np.array([line["loss"] for line in log_of(folder, "loss")])
 
 
-def same_weights(a, b):
+def same_runs(a, b):
+    """Two folders have the same log, and weights that are equal to the last bit."""
+    assert log_of(a) == log_of(b)
     for name in ("open_clip_model.safetensors", "head.safetensors"):
         want, got = (load_file(folder / name) for folder in (a, b))
         assert want.keys() == got.keys()
         assert all(torch.equal(want[key], got[key]) for key in want), name
 
 
-def here(script, *flags):
-    """{row: {test: metrics}} of a method run to its end in this process."""
-    printed(script, *flags)
-    return {row["name"]: row["tests"]
-            for row in results_of(flags[flags.index("--out") + 1])["rows"]}
+def started(*begun, out):
+    """The process of a run that has begun to train. A job in a shell's background starts with
+    Ctrl-C ignored, which a run respects; this one hears it."""
+    process = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=ENV, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
 
 
 # ------------------------------------ Ranks ------------------------------------
@@ -93,52 +92,43 @@ def test_two_ranks_are_one_process_with_the_same_command_line(tmp_path, tiny_vit
     tree = write_tree(tmp_path / "tree", train=30)
     told = {f"{c} square": f"all {c}" for c in ("red", "green", "blue")}
     (tree / "descriptions.json").write_text(json.dumps(told))
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps", 20,
-             "--batch-size", 12, "--accum", 2, "--lr", 1e-4, "--workers", 0, "--no-baseline", *more,
+    flags = [*data_flags(tree, tiny_vit), "--steps", 20, "--batch-size", 12, "--accum", 2, "--lr",
+             1e-4, "--workers", 0, "--no-baseline", *more,
              "--grad-clip", 10]  # clips some steps: AdamW alone does not notice a wrong scale
-    printed(script, *flags, "--out", tmp_path / "one")
-    one = results_of(tmp_path / "one")
-    two = torchrun(2, script, *flags, "--out", tmp_path / "two", cwd=tmp_path)
+    one = rows_of(here(script, *flags, "--out", tmp_path / "one"))
+    two = torchrun(script, *flags, out=tmp_path / "two")
     a, b = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert len(a) == 20 and np.abs(a - b).max() <= 1e-5 and abs(a[0] - a[-1]) > 1e-3
-    for x, y in zip(one["rows"], two["rows"], strict=True):
-        assert x["name"] == y["name"]
-        for test, wanted in x["tests"].items():
-            got = y["tests"][test]
+    assert list(one) == list(two)
+    for row, tests in one.items():
+        for test, wanted in tests.items():
+            got = two[row][test]
             assert wanted["acc"] == got["acc"] and wanted["n"] == got["n"]
             assert wanted["nll"] == pytest.approx(got["nll"], abs=1e-4)
 
 
 def test_evaluation_on_two_ranks_equals_one_to_the_last_digit(tmp_path, tiny_vit):
     flags = ["--limit", 600, "--tests", "neon,noisy"]  # three batches each, the last smaller
-    printed("lipsum_ft.py", "--model", tiny_vit, "--steps", 1, "--lr", 0, "--lam", 0, *flags,
-            "--out", tmp_path / "one")
-    one = results_of(tmp_path / "one")
-    two = torchrun(2, "lipsum_ft.py", "--finetuned", "one", *flags, "--out", "two", cwd=tmp_path)
-    wanted = [row["tests"] for row in one["rows"]]
-    assert wanted == [row["tests"] for row in two["rows"]]
-    assert [test["n"] for test in wanted[0].values()] == [600, 600, 600]  # no duplicates
+    one = rows_of(here("lipsum_ft.py", "--model", tiny_vit, "--steps", 1, "--lr", 0, "--lam", 0,
+                       *flags, "--out", tmp_path / "one"))
+    two = torchrun("lipsum_ft.py", "--finetuned", tmp_path / "one", *flags, out=tmp_path / "two")
+    assert list(one.values()) == list(two.values())
+    assert [test["n"] for test in one["zero-shot"].values()] == [600, 600, 600]  # no duplicates
 
 
 def test_batchnorm_on_two_ranks_is_evaluated_as_it_is_saved(tmp_path, tiny_resnet):
-    tree = write_tree(tmp_path / "tree")
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_resnet, "--steps", 6,
-             "--batch-size", 16, "--lr", 1e-3, "--workers", 0]
-    trained = torchrun(2, "lipsum_ft.py", *flags, "--out", "r", cwd=tmp_path)
-    printed("lipsum_ft.py", "--finetuned", tmp_path / "r", "--workers", 0, "--out",
-            tmp_path / "again")
-    saved = results_of(tmp_path / "again")
-    assert saved["rows"][1]["name"] == "fine-tuned"
-    assert saved["rows"][1]["tests"] == trained["rows"][1]["tests"]
-    assert saved["rows"][1]["tests"] != saved["rows"][0]["tests"]
+    tree = write_tree(tmp_path / "tree", test=90)  # two batches: each rank evaluates one
+    trained = torchrun("lipsum_ft.py", *data_flags(tree, tiny_resnet), "--steps", 6,
+                       "--batch-size", 16, "--lr", 1e-3, "--workers", 0, out=tmp_path / "r")
+    saved = rows_of(here("lipsum_ft.py", "--finetuned", tmp_path / "r", "--out", tmp_path / "w"))
+    assert saved["fine-tuned"] == trained["Lipsum-FT"] != saved["zero-shot"]
 
 
 # ------------------------------------ Stops and resumes ------------------------------------
 
 
 def test_five_kills_at_random_moments_leave_the_same_weights(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", test=2)
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps", 300,
+    flags = [*data_flags(write_tree(tmp_path / "tree", test=2), tiny_vit), "--steps", 300,
              "--batch-size", 8, "--save-every", 0, "--workers", 0, "--augment", "crop",
              "--no-baseline", "--keep", "best"]
     printed("lipsum_ft.py", *flags, "--out", tmp_path / "whole")
@@ -162,187 +152,133 @@ def test_five_kills_at_random_moments_leave_the_same_weights(tmp_path, tiny_vit)
             break
     assert kills >= 3, "the run was too short to be killed"
     printed("lipsum_ft.py", "--resume", tmp_path / "killed")
-    same_weights(tmp_path / "whole", tmp_path / "killed")
-    whole, killed = (log_of(tmp_path / run) for run in ("whole", "killed"))
-    assert whole == killed and len(losses_of(tmp_path / "whole")) == 300
-
-
-def heard():
-    """A job in a shell's background starts with Ctrl-C ignored, which a run respects."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    same_runs(tmp_path / "whole", tmp_path / "killed")
+    assert len(losses_of(tmp_path / "whole")) == 300
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_stop_signal_saves_and_tells_how_to_go_on(tmp_path, tiny_vit, number):
+def test_a_stop_signal_saves_and_tells_how_to_go_on(tmp_path, small, number):
     """Ctrl-C reaches the workers too."""
-    tree = write_tree(tmp_path / "tree", train=8, test=2)
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--batch-size", 4,
-             "--steps", 100, "--no-baseline"]
-    begun = command("lipsum_ft.py", *flags, "--workers", 1, "--out", tmp_path / "r")
-    process = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=ENV, start_new_session=True, preexec_fn=heard)
-    log = tmp_path / "r" / "log.jsonl"
-    while not log.exists() or not log.read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
+    out, flags = tmp_path / "r", [*small, "--batch-size", 4, "--steps", 100, "--no-baseline"]
+    process = started(*command("lipsum_ft.py", *flags, "--workers", 1, "--out", out), out=out)
     os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=60)
     last = stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and f"--resume {tmp_path / 'r'}" in last, stderr
+    assert last.startswith("error: ") and f"--resume {out}" in last, stderr
     assert "Traceback" not in stderr and process.returncode == 2
-    saved = torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["next"][0]
-    assert 0 < saved == len(losses_of(tmp_path / "r")) < 100
-    printed("lipsum_ft.py", "--resume", tmp_path / "r", "--workers", 0)
-    printed("lipsum_ft.py", *flags, "--workers", 0, "--out", tmp_path / "whole")
-    same_weights(tmp_path / "whole", tmp_path / "r")
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "r")
+    saved = torch.load(out / "last.ckpt", weights_only=True)["next"][0]
+    assert 0 < saved == len(losses_of(out)) < 100
+    printed("lipsum_ft.py", "--resume", out)
+    printed("lipsum_ft.py", *flags, "--out", tmp_path / "whole")
+    same_runs(tmp_path / "whole", out)
 
 
-def test_nohup_is_respected(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=8, test=2)
-    begun = command("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit,
-                    "--steps", 100, "--batch-size", 4, "--workers", 0, "--out", tmp_path / "r")
-    process = subprocess.Popen(["nohup", *begun], stdout=subprocess.DEVNULL, env=ENV,
-                               stderr=subprocess.DEVNULL)
-    while not (tmp_path / "r" / "log.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+def test_nohup_is_respected(tmp_path, small):
+    begun = command("lipsum_ft.py", *small, "--steps", 100, "--batch-size", 4, "--workers", 0,
+                    "--out", tmp_path / "r")
+    process = started("nohup", *begun, out=tmp_path / "r")
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=120) == 0 and len(losses_of(tmp_path / "r")) == 100
+    process.communicate(timeout=120)
+    assert process.returncode == 0 and len(losses_of(tmp_path / "r")) == 100
 
 
-def test_ranks_stop_together_and_go_on(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=8, test=2)
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--batch-size", 4,
-             "--steps", 400, "--no-baseline", "--workers", 0]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    begun = [*ranks, *command("lipsum_ft.py", *flags, "--out", tmp_path / "r")[1:]]
-    process = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=ENV)
-    log = tmp_path / "r" / "log.jsonl"
-    while not log.exists() or not log.read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
+def test_ranks_stop_together_and_go_on(tmp_path, small):
+    out = tmp_path / "r"
+    begun = command("lipsum_ft.py", *small, "--batch-size", 4, "--steps", 400, "--no-baseline",
+                    "--workers", 0, "--out", out)
+    process = started(*RANKS, *begun[1:], out=out)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     _, stderr = process.communicate(timeout=60)
-    assert f"error: stopped; --resume {tmp_path / 'r'} goes on" in stderr
-    saved = torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["next"][0]
-    assert 0 < saved == len(losses_of(tmp_path / "r")) < 400
-    printed("lipsum_ft.py", "--resume", tmp_path / "r")
-    assert len(losses_of(tmp_path / "r")) == 400
+    assert f"error: stopped; --resume {out} goes on" in stderr
+    saved = torch.load(out / "last.ckpt", weights_only=True)["next"][0]
+    assert 0 < saved == len(losses_of(out)) < 400
+    printed("lipsum_ft.py", "--resume", out)
+    assert len(losses_of(out)) == 400
 
 
-def test_a_run_that_diverges_is_told_to_lower_the_rate(tmp_path, tiny_vit):
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_a_run_that_diverges_is_told_to_lower_the_rate(tmp_path, base, monkeypatch, steps):
     """Also at the end of an epoch, where its weights give no numbers any more."""
-    tree = write_tree(tmp_path / "tree")
-    for steps in (1, 2, 9):
-        flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--lr", 1e9,
-                 "--steps", steps, "--batch-size", 27, "--warmup", 0, "--workers", 0]
-        out, adamw = tmp_path / str(steps), torch.optim.AdamW
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim, "AdamW",
-                          lambda p, lr, **how: adamw(p, lr=lr * 1e28, **how))
-            assert "--lr" in complaint("lipsum_ft.py", *flags, "--no-baseline", "--out", out)
-        assert np.isfinite(losses_of(out)).all()
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **how: adamw(p, lr=lr * 1e28, **how))
+    flags = [*base, "--lr", 1e9, "--steps", steps, "--batch-size", 27, "--warmup", 0]
+    assert "--lr" in complaint("lipsum_ft.py", *flags, "--no-baseline", "--out", tmp_path / "r")
+    assert np.isfinite(losses_of(tmp_path / "r")).all()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_training_image_is_one_line_and_the_run_goes_on(tmp_path, tiny_vit, workers):
-    tree = write_tree(tmp_path / "tree", test=3)
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--epochs", 1,
-             "--batch-size", 4, "--workers", workers, "--augment", "crop", "--no-baseline"]
+HELD_OUT = ["--batch-size", 7, "--epochs", 3, "--lr", 1e-3]  # 54 images: 8 steps an epoch
+
+
+@pytest.mark.parametrize("split, step, more", [
+    *(("train", 5, ["--batch-size", 4, "--epochs", 1, "--workers", n]) for n in (0, 1)),
+    *(("val", 8, [*HELD_OUT, "--keep", keep]) for keep in ("best", "last"))])
+def test_a_broken_image_is_one_line_and_the_run_goes_on(tmp_path, tiny_vit, split, step, more):
+    """All steps before it are kept."""
+    flags = [*data_flags(write_tree(tmp_path / "tree", test=3), tiny_vit), "--augment", "crop",
+             "--no-baseline", *more]
     printed("lipsum_ft.py", *flags, "--out", tmp_path / "whole")
-    about = SimpleNamespace(**json.loads((tmp_path / "whole" / "args.json").read_text()))
-    train = common.load_data(about).train
-    parts = common.shuffled_epochs(len(train), about, 5, 6)  # images of step 5
-    file = tmp_path / os.fsdecode(train.images[next(parts)[2][1]])
+    args = SimpleNamespace(**common.read_json(tmp_path / "whole" / "args.json"))
+    data, out = common.load_data(args), tmp_path / "r"
+    file = Path(os.fsdecode(data.val.images[0]))
+    if split == "train":
+        parts = common.shuffled_epochs(len(data.train), args, step, step + 1)
+        file = Path(os.fsdecode(data.train.images[next(parts)[2][1]]))
     good = file.read_bytes()
     file.write_bytes(good[:len(good) // 2])
-    out = tmp_path / "r"
     message = complaint("lipsum_ft.py", *flags, "--out", out)
     assert str(file) in message and "cannot be read as an image" in message
     assert f"put a readable one of that name in its place; --resume {out}" in message
-    assert len(log_of(out)) == 5 and not (out / "results.json").exists()  # all steps before it
-    assert torch.load(out / "last.ckpt", weights_only=True)["next"][0] == 5
+    assert len(log_of(out)) == step and not (out / "results.json").exists()
+    assert torch.load(out / "last.ckpt", weights_only=True)["next"][0] == step
     assert str(file) in complaint("lipsum_ft.py", "--resume", out)  # still broken
     file.write_bytes(good)
     printed("lipsum_ft.py", "--resume", out)
-    same_weights(tmp_path / "whole", out)
-    assert log_of(out) == log_of(tmp_path / "whole")
+    same_runs(tmp_path / "whole", out)
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
-def test_a_broken_held_out_image_saves_what_was_trained_before(tmp_path, tiny_vit, keep):
-    tree = write_tree(tmp_path / "tree", test=3)
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--epochs", 3, "--keep",
-             keep, "--batch-size", 7, "--workers", 0, "--no-baseline", "--lr", 1e-3]
-    printed("lipsum_ft.py", *flags, "--out", tmp_path / "whole")
-    about = SimpleNamespace(**json.loads((tmp_path / "whole" / "args.json").read_text()))
-    file, out = tmp_path / os.fsdecode(common.load_data(about).val.images[0]), tmp_path / "r"
-    good = file.read_bytes()
+def test_a_broken_test_image_is_met_before_the_first_step_and_leaves_nothing(tmp_path, small):
+    file = tmp_path / "tree" / "shifts" / "dark" / "red_square" / "001.jpg"
     file.write_text("<html>404</html>")
-    message = complaint("lipsum_ft.py", *flags, "--out", out)
-    assert str(file) in message and f"--resume {out}" in message
-    assert len(log_of(out)) == 8  # 54 images, 7 a step: the first epoch ends in step 8
-    file.write_bytes(good)
-    printed("lipsum_ft.py", "--resume", out)
-    same_weights(tmp_path / "whole", out)
-    assert log_of(out) == log_of(tmp_path / "whole")
-
-
-def test_a_broken_test_image_is_met_before_the_first_step_and_leaves_nothing(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=8, test=2)
-    file = tree / "shifts" / "dark" / "red_square" / "001.jpg"
-    file.write_text("<html>404</html>")
-    flags = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--steps", 2,
-             "--batch-size", 4, "--workers", 1, "--out", tmp_path / "r"]
     for script in ("lipsum_ft.py", "vrf.py", "wise_ft.py"):
-        message = complaint(script, *flags)
+        message = complaint(script, *small, "--steps", 2, "--batch-size", 4, "--workers", 1,
+                            "--out", tmp_path / "r")
         assert str(file) in message and "cannot be read as an image" in message
         assert not (tmp_path / "r").exists()
 
 
-def test_the_zero_shot_row_comes_before_the_first_step_and_once(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=8, test=5)
-    text = printed("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit,
-                   "--steps", 2, "--batch-size", 4, "--workers", 0, "--out", tmp_path / "r")
-    lines = text.splitlines()
-    rows = [i for i, line in enumerate(lines) if line.startswith("zero-shot ")]
-    steps = [i for i, line in enumerate(lines) if line.startswith("step 2: ")]
-    assert len(rows) == 2 and rows[0] < steps[0] < rows[1] and lines[rows[0]].split()[1:] == [
-        cell for cell in lines[rows[1]].split()[1:]]
+def test_the_zero_shot_row_comes_before_the_first_step_and_once(tmp_path, small):
+    lines = printed("lipsum_ft.py", *small, "--steps", 2, "--batch-size", 4, "--out",
+                    tmp_path / "r").splitlines()
+    first, second = [i for i, line in enumerate(lines) if line.startswith("zero-shot ")]
+    [step] = [i for i, line in enumerate(lines) if line.startswith("step 2: ")]
+    assert first < step < second and lines[first].split() == lines[second].split()
     assert lines[-1].startswith("Lipsum-FT ")  # the table is the last thing
     again = printed("lipsum_ft.py", "--resume", tmp_path / "r").splitlines()
     assert sum(line.startswith("zero-shot ") for line in again) == 1
 
 
 def test_held_out_accuracy_is_that_of_the_saved_model(tmp_path, tiny_vit):
-    tree = write_tree(tmp_path / "tree", train=40, test=2)
-    printed("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--epochs",
-            3, "--lr", 7e-5, "--batch-size", 16, "--holdout", 0.5, "--workers", 0, "--no-baseline",
-            "--out", tmp_path / "r")
-    logged = {line["step"]: line["held_out_acc"] for line in log_of(tmp_path / "r")
-              if "held_out_acc" in line}
+    tree, out = write_tree(tmp_path / "tree", train=40, test=2), tmp_path / "r"
+    flags = [*data_flags(tree, tiny_vit), "--epochs", 3, "--lr", 7e-5, "--batch-size", 16,
+             "--holdout", 0.5, "--no-baseline", "--out", out]
+    printed("lipsum_ft.py", *flags)
+    logged = {line["step"]: line["held_out_acc"] for line in log_of(out, "held_out_acc")}
     assert list(logged) == [4, 8, 12]  # 60 images: 3.75 steps an epoch, then the next has begun
     assert len(set(logged.values())) > 1
-    about = SimpleNamespace(**json.loads((tmp_path / "r" / "args.json").read_text()))
-    files = [os.fsdecode(path) for path in common.load_data(about).val.images]
-    assert len(files) == 60
-    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'r'}")
-    x = torch.stack([preprocess(Image.open(file)) for file in files])
-    head = load_file(tmp_path / "r" / "head.safetensors")["head"]
+    val = common.load_data(args_of("lipsum_ft.py", *flags[:-2])).val
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    x = torch.stack([preprocess(Image.open(os.fsdecode(file))) for file in val.images])
+    head = load_file(out / "head.safetensors")["head"]
     with torch.no_grad():
         predicted = (clip.eval().encode_image(x, normalize=True) @ head.T).argmax(1)
-    names = ["blue_square", "green_square", "red_square"]
-    right = [file.split("/")[-2] == names[c] for file, c in zip(files, predicted)]
-    assert logged[12] == pytest.approx(100 * sum(right) / 60)
+    right = (predicted == val.labels).sum().item()
+    assert logged[12] == pytest.approx(100 * right / 60) and len(val) == 60
 
 
-def test_a_closed_pipe_does_not_end_a_run(tmp_path, tiny_vit):
+def test_a_closed_pipe_does_not_end_a_run(tmp_path, small):
     """As `| head -1`"""
-    tree = write_tree(tmp_path / "tree", train=4, test=2)
-    begun = command("lipsum_ft.py", "--data", "folder", "--data-dir", tree, "--model", tiny_vit,
-                    "--steps", 2, "--batch-size", 4, "--workers", 0, "--out", tmp_path / "r")
+    begun = command("lipsum_ft.py", *small, "--steps", 2, "--batch-size", 4, "--workers", 0,
+                    "--out", tmp_path / "r")
     process = subprocess.Popen(begun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=ENV)
     assert "images" in process.stdout.readline()
@@ -366,9 +302,7 @@ if __name__ == "__main__":
 
 def read_until_broken(flags):
     """[(images, labels, index)] of the batches before the first broken image, and its message."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["lipsum_ft.py", *flags])
-        args = lipsum_ft.get_args()
+    args = args_of("lipsum_ft.py", *flags)
     images = common.load_data(args).train
     images.prepare(PreprocessCfg(size=32))
     batches = common.batches_of(images.augmented(args.augment, 0), args, 0, 9)
@@ -408,26 +342,22 @@ class Evil:
         return (os.system, (f"touch {Evil.path}",))
 
 
-def test_crafted_checkpoints_are_refused_and_run_nothing(tmp_path, tiny_vit):
+def test_crafted_checkpoints_are_refused_and_run_nothing(tmp_path, small):
     Evil.path = tmp_path / "owned"
-    tree = write_tree(tmp_path / "tree", train=4, test=2)
-    data = ["--data", "folder", "--data-dir", tree, "--workers", 0]
-    printed("lipsum_ft.py", *data, "--model", tiny_vit, "--steps", 2, "--no-baseline", "--out",
-            tmp_path / "r")
-    checkpoint, new = tmp_path / "r" / "last.ckpt", ["--out", tmp_path / "new"]
+    printed("lipsum_ft.py", *small, "--steps", 2, "--no-baseline", "--out", tmp_path / "r")
+    checkpoint, new = tmp_path / "r" / "last.ckpt", [*small, "--out", tmp_path / "new"]
     whole = torch.load(checkpoint, weights_only=True)
     checkpoint.write_bytes(pickle.dumps(Evil()))
     assert "last.ckpt" in complaint("lipsum_ft.py", "--resume", tmp_path / "r")
     torch.save({**whole, "next": Evil()}, checkpoint)
     assert "last.ckpt" in complaint("lipsum_ft.py", "--resume", tmp_path / "r")
     torch.save({"state_dict": Evil()}, tmp_path / "weights.pt")
-    assert "weights.pt" in complaint("lipsum_ft.py", *data, "--model", "ViT-S-32-alt",
-                                     "--pretrained", tmp_path / "weights.pt", *new)
-    message = complaint("wise_ft.py", *data, "--model", tiny_vit, "--finetuned",
-                        tmp_path / "weights.pt", *new)
+    assert "weights.pt" in complaint("lipsum_ft.py", *new, "--model", "ViT-S-32-alt",
+                                     "--pretrained", tmp_path / "weights.pt")
+    message = complaint("wise_ft.py", *new, "--finetuned", tmp_path / "weights.pt")
     assert "weights.pt" in message and "model.state_dict()" in message
     (tmp_path / "r" / "head.safetensors").write_bytes(pickle.dumps(Evil()))
-    assert str(tmp_path / "r") in complaint("wise_ft.py", "--finetuned", tmp_path / "r", *new)
+    assert str(tmp_path / "r") in complaint("wise_ft.py", "--finetuned", tmp_path / "r", *new[-2:])
     assert not Evil.path.exists()
     torch.save(Evil(), tmp_path / "loaded.pt")
     torch.load(tmp_path / "loaded.pt", weights_only=False)
@@ -448,9 +378,8 @@ def runs(tmp_path_factory, tiny_vit):
     """A run of each method, whose data are gone, and a folder of new images with a broken one."""
     tmp = tmp_path_factory.mktemp("runs")
     tree = small_tree(tmp / "tree")
-    base = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, *TRAIN]
-    for method in ("wise_ft", "lipsum_ft", "vrf", "drm"):
-        here(f"{method}.py", *base, "--out", tmp / method)
+    for method in METHODS:
+        printed(f"{method}.py", *data_flags(tree, tiny_vit), *TRAIN, "--out", tmp / method)
     shutil.rmtree(tree)
     new = tmp / "new"
     write_tree(new, train=1, test=1, size=50, seed=1)
@@ -465,7 +394,7 @@ def runs(tmp_path_factory, tiny_vit):
 def predicted(script, run, folder):
     """(lines of stdout below the header, as lists of columns, stderr) of --predict."""
     out, err = Screen(), io.StringIO()
-    in_process(script, ["--finetuned", run, "--predict", folder, "--workers", 0], out, err)
+    in_process(script, ["--finetuned", run, "--predict", folder], out, err)
     header, *lines = csv.reader(io.StringIO(out.getvalue()), "excel-tab")
     assert header == ["path", "class", "probability", "d", "omega"][:len(header)]
     assert all(len(line) == len(header) for line in lines)
@@ -493,11 +422,12 @@ def test_predictions_need_the_run_folder_alone(runs, tmp_path, method, columns):
 
 
 def six_lines(run, file):
-    """The variables that the README's six lines leave."""
-    found = {}
-    with torch.no_grad():
-        exec(SIX_LINES.replace("FILE", repr(str(file))).replace("RUN", str(run)), found)
-    return found
+    """The variables that the README's six lines leave, and what they print."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Your own images\n")[1]
+    code, found, out = re.search(r"```python\n(.*?)```", section, re.S)[1], {}, io.StringIO()
+    with torch.no_grad(), contextlib.redirect_stdout(out):
+        exec(code.replace("IMAGE", str(file)).replace("RUN", str(run)), found)
+    return found | {"printed": out.getvalue().split()}
 
 
 @pytest.mark.parametrize("method", ["wise_ft", "lipsum_ft"])
@@ -509,15 +439,16 @@ def test_predictions_equal_the_six_lines_of_the_readme(runs, method):
         p = found["p"][0]
         assert found["names"] == NAMES and p.shape == (3,)
         assert p[NAMES.index(name)] >= p.max() - 1e-4
-        assert float(probability) == pytest.approx(p.max().item(), abs=1e-4)
+        *words, shown = found["printed"]
+        assert words == NAMES[p.argmax()].split() and float(shown) == p.max()
+        assert float(probability) == pytest.approx(float(shown), abs=1e-4)
         seen.add(probability)
     assert len(seen) > 5
 
 
 def test_predictions_of_vrf_are_its_ensemble_by_hand(runs):
     run = runs.tmp / "vrf"
-    state = json.loads((run / "vrf.json").read_text())
-    bank = load_file(run / "vrf.safetensors")
+    state, bank = common.read_json(run / "vrf.json"), load_file(run / "vrf.safetensors")
     assert state["failures"] == len(bank["bank"]) > 0
     for path, name, probability, d, omega in predicted("vrf.py", run, runs.new)[0]:
         zero_shot, tuned = (six_lines(run / part, path) for part in ("zero-shot", "fine-tuned"))
@@ -531,16 +462,6 @@ def test_predictions_of_vrf_are_its_ensemble_by_hand(runs):
         assert float(omega) == pytest.approx(w, abs=2e-3)
         assert float(probability) == pytest.approx(p.max().item(), abs=2e-3)
         assert p[NAMES.index(name)] >= p.max() - 2e-3
-
-
-def test_stdout_of_the_command_is_nothing_but_the_lines(runs):
-    flags = ["--finetuned", runs.tmp / "drm", "--predict", runs.new]  # with worker processes
-    done = subprocess.run(command("drm.py", *flags), capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    want, _ = predicted("drm.py", runs.tmp / "drm", runs.new)
-    got = [line.split("\t") for line in done.stdout.splitlines()][1:]
-    assert done.returncode == 0 and [line[:2] for line in got] == [line[:2] for line in want]
-    assert "broken.jpg: cannot be read" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("script", ["wise_ft.py", "lipsum_ft.py"])
@@ -558,37 +479,37 @@ def test_files_of_any_name_are_predicted_one_by_one_or_in_folders(runs, tmp_path
     for hidden in (".thumbnails/a.jpg", "@eaDir/a.jpg", "__MACOSX/._a.jpg", "._x.jpg"):
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / hidden).write_bytes(good)
+    (tmp_path / "broken.jpg").write_text("no image")
     lines, _ = predicted("lipsum_ft.py", runs.tmp / "lipsum_ft", tmp_path)
     assert sorted(line[0] for line in lines) == sorted(str(tmp_path / name) for name in names)
     assert len({tuple(line[1:]) for line in lines}) == 1
     [one], _ = predicted("lipsum_ft.py", runs.tmp / "lipsum_ft", tmp_path / "a\ttab.jpg")
     assert one == lines[[line[0] for line in lines].index(str(tmp_path / "a\ttab.jpg"))]
+    # stdout of the command, with worker processes, is nothing but the lines
     done = subprocess.run(command("lipsum_ft.py", "--finetuned", runs.tmp / "lipsum_ft",
                                   "--predict", tmp_path), capture_output=True, env=ENV)
-    assert b"caf\xe9.jpg" in done.stdout and done.returncode == 0
+    _, *got = csv.reader(io.StringIO(os.fsdecode(done.stdout)), "excel-tab")
+    assert done.returncode == 0 and [line[:2] for line in got] == [line[:2] for line in lines]
+    assert b"broken.jpg: cannot be read" in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_weights_that_are_no_numbers_are_refused(runs, tmp_path):
-    for method in ("wise_ft", "lipsum_ft", "drm"):
+    for method, file, name in (("wise_ft", "head", "head"),
+                               ("lipsum_ft", "open_clip_model", "visual.proj"),
+                               ("drm", "open_clip_model", "visual.proj")):
         run = shutil.copytree(runs.tmp / method, tmp_path / method)
-        file = "head.safetensors" if method == "wise_ft" else "open_clip_model.safetensors"
-        with open(run / file, "rb") as f:
-            about = {"classnames": NAMES}
-            weights = load_file(run / file)
-            f.close()
-        name = "head" if method == "wise_ft" else "visual.proj"
-        save_tensors(run / file, {**weights, name: weights[name] * torch.nan}, about)
-        line = complaint(f"{method}.py", "--finetuned", run, "--predict", runs.new, "--workers", 0)
+        file = run / f"{file}.safetensors"
+        weights = load_file(file)
+        weights[name] *= torch.nan
+        save_tensors(file, weights, {"classnames": NAMES})
+        line = complaint(f"{method}.py", "--finetuned", run, "--predict", runs.new)
         assert str(run) in line and ("not finite" in line or "not numbers" in line)
 
 
-@pytest.mark.parametrize("method, figures", [
-    ("wise_ft", ["plane.png"]), ("lipsum_ft", ["plane.png"]), ("drm", ["plane.png"]),
-    ("vrf", ["plane.png", "ratio.png"])])
-def test_figures_are_drawn(runs, method, figures):
-    for name in figures:
-        with Image.open(runs.tmp / method / name) as figure:
-            assert len(figure.convert("RGB").getcolors(2**20)) > 20, name  # not an empty page
+@pytest.mark.parametrize("name", [*(f"{method}/plane.png" for method in METHODS), "vrf/ratio.png"])
+def test_figures_are_drawn(runs, name):
+    with Image.open(runs.tmp / name) as figure:
+        assert len(figure.convert("RGB").getcolors(2**20)) > 20  # not an empty page
 
 
 # ------------------------------------ --finetuned ------------------------------------
@@ -611,20 +532,19 @@ def foreign(tmp_path_factory, tiny_vit):
     kept = {prefix + k: v for k, v in state.items() if not k.startswith("transformer.")}
     own = {"classification_head.weight": torch.randn(3, 32) * 8,
            "classification_head.bias": torch.randn(3)}
-    (tmp / "folder").mkdir()
-    shutil.copy(os.path.join(tiny_vit[10:], "open_clip_config.json"), tmp / "folder")
+    shutil.copytree(tiny_vit[10:], tmp / "folder")
     for path in ("folder/open_clip_model.safetensors", "clip.safetensors"):
         save_tensors(tmp / path, state)
-    torch.save(state, tmp / "clip.pt")
-    wrapped = {f"module.{k}": v for k, v in state.items()}
-    torch.save({"epoch": 3, "state_dict": wrapped}, tmp / "wrapped.pt")
-    torch.save({**kept, **own}, tmp / "wise.pt")
-    torch.save({"model_state_dict": {f"_orig_mod.module.{k}": v for k, v in state.items()}},
-               tmp / "compiled.pt")
-    torch.save({"model": {f"model.{k}": v for k, v in state.items()}}, tmp / "lightning.pt")
+
+    def prefixed(prefix):
+        return {prefix + k: v for k, v in state.items()}
     openai = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)}
-    torch.save({**state, **openai}, tmp / "openai.pt")
-    torch.save(tuned, tmp / "pickle.pt")
+    for name, saved in {
+            "clip": state, "wise": {**kept, **own}, "openai": {**state, **openai}, "pickle": tuned,
+            "wrapped": {"epoch": 3, "state_dict": prefixed("module.")},
+            "compiled": {"model_state_dict": prefixed("_orig_mod.module.")},
+            "lightning": {"model": prefixed("model.")}}.items():
+        torch.save(saved, tmp / f"{name}.pt")
 
     start.eval()
     between = open_clip.create_model(tiny_vit).eval()
@@ -657,8 +577,7 @@ def foreign(tmp_path_factory, tiny_vit):
     for kind, rows in want.items():
         values = [nll for tests in rows.values() for nll in tests.values()]
         assert len({round(value, 3) for value in values}) == 6, kind
-    base = ["--data", "folder", "--data-dir", tree, "--model", tiny_vit, "--workers", 0]
-    return SimpleNamespace(tmp=tmp, tree=tree, base=base, want=want)
+    return SimpleNamespace(tmp=tmp, tree=tree, base=data_flags(tree, tiny_vit), want=want)
 
 
 @pytest.mark.parametrize("path, kind", [
@@ -666,35 +585,34 @@ def foreign(tmp_path_factory, tiny_vit):
                                   "compiled.pt", "lightning.pt", "openai.pt")),
     ("wise.pt", "folded")])
 def test_a_model_tuned_elsewhere_has_its_own_rows(foreign, tmp_path, path, kind):
-    rows = here("wise_ft.py", *foreign.base, "--finetuned", foreign.tmp / path, "--alphas", 0.5,
-                "--out", tmp_path / "w")
-    got = {row: {test: found["nll"] for test, found in tests.items()}
-           for row, tests in rows.items()}
-    assert list(got) == list(foreign.want[kind])
-    for row in got:
-        assert got[row] == pytest.approx(foreign.want[kind][row], abs=1e-4), row
+    rows = rows_of(here("wise_ft.py", *foreign.base, "--finetuned", foreign.tmp / path, "--alphas",
+                        0.5, "--out", tmp_path / "w"))
+    assert list(rows) == list(foreign.want[kind])
+    for row, tests in rows.items():
+        got = {test: found["nll"] for test, found in tests.items()}
+        assert got == pytest.approx(foreign.want[kind][row], abs=1e-4), row
 
 
 def test_a_finished_run_has_its_rows_again_to_the_last_digit(foreign, tmp_path):
-    flags = [*foreign.base, *TRAIN, "--alphas", 0.5, "--alpha", 1]
-    want = here("wise_ft.py", *flags, "--out", tmp_path / "run")
+    run, alphas = tmp_path / "run", ["--alphas", 0.5]
+    want = here("wise_ft.py", *foreign.base, *TRAIN, *alphas, "--alpha", 1, "--out", run)["rows"]
+    assert [row["name"] for row in want] == ["zero-shot", "WiSE-FT 0.5", "fine-tuned"]
     for part in ("", "fine-tuned"):
-        got = here("wise_ft.py", "--finetuned", tmp_path / "run" / part, "--alphas", 0.5,
-                   "--workers", 0, "--out", tmp_path / f"again-{part}")
-        assert got == want and list(got) == ["zero-shot", "WiSE-FT 0.5", "fine-tuned"]
+        out = tmp_path / f"again-{part}"
+        assert here("wise_ft.py", "--finetuned", run / part, *alphas, "--out", out)["rows"] == want
 
 
 def test_vrf_runs_on_a_state_dict_to_its_table(foreign, tmp_path):
-    flags = [*foreign.base, "--finetuned", foreign.tmp / "clip.pt", "--out", tmp_path / "v"]
-    text = printed("vrf.py", *flags)
+    out = tmp_path / "v"
+    text = printed("vrf.py", *foreign.base, "--finetuned", foreign.tmp / "clip.pt", "--out", out)
     table = text.split("saved to ")[1].splitlines()[2:]
+    rows = rows_of(results_of(out))
     assert [line.split()[0] for line in table] == ["zero-shot", "fine-tuned", "OSE", "WSE", "VRF"]
     assert all(re.search(r"( +\d+\.\d\d){7}$", line) for line in table), table
-    rows = json.loads((tmp_path / "v" / "results.json").read_text())["rows"]
-    for row in rows[:2]:
-        for test, want in foreign.want["unit"][row["name"]].items():
-            assert row["tests"][test]["nll"] == pytest.approx(want, abs=1e-4), (row["name"], test)
-    assert (tmp_path / "v" / "fine-tuned" / "head.safetensors").is_file()
+    for row in ("zero-shot", "fine-tuned"):
+        for test, want in foreign.want["unit"][row].items():
+            assert rows[row][test]["nll"] == pytest.approx(want, abs=1e-4), (row, test)
+    assert (out / "fine-tuned" / "head.safetensors").is_file()
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(foreign, tmp_path):
@@ -703,17 +621,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(foreign, tmp_path):
     for path in (foreign.tmp / "pickle.pt", tmp_path / "torn.pt", tmp_path / "list.pt",
                  foreign.tree, tmp_path / "nowhere"):
         flags = [*foreign.base, "--finetuned", path, "--out", tmp_path / "new"]
-        for script in ("wise_ft.py", "vrf.py", "lipsum_ft.py", "drm.py"):
+        for script in SCRIPTS:
             line = complaint(script, *flags)
             assert str(path) in line and len(line) < 300 + len(str(path)), line
     assert not (tmp_path / "new").exists()
-
-
-def test_a_converted_pickle_is_taken(foreign, tmp_path):
-    """What the message on a pickled model asks for."""
-    model = torch.load(foreign.tmp / "pickle.pt", weights_only=False)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    rows = here("wise_ft.py", *foreign.base, "--finetuned", tmp_path / "state.pt", "--alphas", 1,
-                "--out", tmp_path / "w")
-    for test, want in foreign.want["unit"]["fine-tuned"].items():
-        assert rows["fine-tuned"][test]["nll"] == pytest.approx(want, abs=1e-4)
