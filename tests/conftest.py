@@ -67,7 +67,8 @@ def tiny_resnet(tmp_path_factory):
 
 
 def write_tree(root, train=20, test=10, size=40, seed=0):
-    """A folder data set of JPEGs: three classes told apart by colour, one shift, all darker."""
+    """A folder data set of JPEGs: three classes told apart by colour, one shift, all darker; with
+    descriptions."""
     rng = np.random.default_rng(seed)
     for split, n, light in (("train", train, 1.0), ("test", test, 1.0), ("shifts/dark", test, 0.4)):
         for name, colour in COLOURS.items():
@@ -77,6 +78,8 @@ def write_tree(root, train=20, test=10, size=40, seed=0):
                 pixels = light * (np.array(colour) + rng.normal(0, 25, (size, size, 3)))
                 pixels = np.clip(pixels, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i:03d}.jpg")
+    told = {name: f"a plate of {name.split()[0]}" for name in NAMES}
+    (root / "descriptions.json").write_text(json.dumps(told))
     return root
 
 

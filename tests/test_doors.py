@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import common
 from tests.conftest import (
     CONFIG,
-    NAMES,
     SCRIPTS,
     VIT,
     complaint,
@@ -30,11 +29,9 @@ from tests.conftest import (
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tree with descriptions, a CLIP in a folder, flags for both, and the CLIP's state dict."""
+    """A tree, a CLIP in a folder, flags for both, and the CLIP's state dict."""
     tmp = tmp_path_factory.mktemp("doors")
     tree = write_tree(tmp / "tree", train=15, test=3)
-    told = {name: f"a plate of {name[:-7]}" for name in NAMES}
-    (tree / "descriptions.json").write_text(json.dumps(told))
     base, folder = data_flags(tree, save_clip(tmp / "clip", CONFIG)), tmp / "clip"
     state = load_file(folder / "open_clip_model.safetensors")
     return SimpleNamespace(tree=tree, base=base, folder=folder, state=state)

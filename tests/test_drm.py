@@ -60,7 +60,7 @@ def same(a, b, abs=1e-4):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_vit):
-    """A tree with descriptions, flags for it, its images, and a short run with its rows."""
+    """A tree, flags for it, its images, and a short run with its rows."""
     tree = write_tree(tmp_path_factory.mktemp("world") / "tree")
     (tree / "templates.txt").write_text("art of the {} in my garden\n")  # not DRM's prompts
     (tree / "descriptions.json").write_text(json.dumps(TOLD))
@@ -534,6 +534,7 @@ def test_wrong_descriptions_are_refused(pairs, words, tmp_path):
 def test_mistakes_are_one_line_and_leave_no_folder(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base += ["--out", "new"]
+    (tmp_path / "tree" / "descriptions.json").unlink()
     assert "--descriptions" in complaint("drm.py", *base)
     base += ["--descriptions", "d.json"]
     assert "d.json" in complaint("drm.py", *base)

@@ -3,7 +3,6 @@ hostile checkpoints, --predict. Nothing is lost, nothing that is loaded runs cod
 import contextlib
 import csv
 import io
-import json
 import os
 import pickle
 import random
@@ -89,11 +88,8 @@ def started(*begun, out):
 @pytest.mark.parametrize("script, more", [("lipsum_ft.py", ["--augment", "crop-flip"]),
                                           ("drm.py", ["--lam", 1])])
 def test_two_ranks_are_one_process_with_the_same_command_line(tmp_path, tiny_vit, script, more):
-    tree = write_tree(tmp_path / "tree", train=30)
-    told = {f"{c} square": f"all {c}" for c in ("red", "green", "blue")}
-    (tree / "descriptions.json").write_text(json.dumps(told))
-    flags = [*data_flags(tree, tiny_vit), "--steps", 20, "--batch-size", 12, "--accum", 2, "--lr",
-             1e-4, "--workers", 0, "--no-baseline", *more,
+    flags = [*data_flags(write_tree(tmp_path / "tree", train=30), tiny_vit), "--steps", 20,
+             "--batch-size", 12, "--accum", 2, "--lr", 1e-4, "--workers", 0, "--no-baseline", *more,
              "--grad-clip", 10]  # clips some steps: AdamW alone does not notice a wrong scale
     one = rows_of(here(script, *flags, "--out", tmp_path / "one"))
     two = torchrun(script, *flags, out=tmp_path / "two")
@@ -367,17 +363,11 @@ def test_crafted_checkpoints_are_refused_and_run_nothing(tmp_path, small):
 # ------------------------------------ --predict ------------------------------------
 
 
-def small_tree(root):
-    write_tree(root, train=12, test=5)
-    (root / "descriptions.json").write_text(json.dumps({name: f"a {name[:-7]}" for name in NAMES}))
-    return root
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_vit):
     """A run of each method, whose data are gone, and a folder of new images with a broken one."""
     tmp = tmp_path_factory.mktemp("runs")
-    tree = small_tree(tmp / "tree")
+    tree = write_tree(tmp / "tree", train=12, test=5)
     for method in METHODS:
         printed(f"{method}.py", *data_flags(tree, tiny_vit), *TRAIN, "--out", tmp / method)
     shutil.rmtree(tree)
@@ -385,8 +375,7 @@ def runs(tmp_path_factory, tiny_vit):
     write_tree(new, train=1, test=1, size=50, seed=1)
     Image.open(new / "test" / "red_square" / "000.jpg").convert("L").save(new / "grey.png")
     (new / "broken.jpg").write_text("no image")
-    (new / "note.txt").write_text("no image either")
-    files = sorted(p for p in new.rglob("*.*") if p.name not in ("broken.jpg", "note.txt"))
+    files = sorted(p for p in new.rglob("*.*") if p.name not in ("broken.jpg", "descriptions.json"))
     assert len(files) == 10
     return SimpleNamespace(tmp=tmp, new=new, files=files)
 
@@ -412,7 +401,7 @@ def test_predictions_need_the_run_folder_alone(runs, tmp_path, method, columns):
     assert sorted(line[0] for line in lines) == [str(file) for file in runs.files]
     assert all(line[1] in NAMES and 1 / 3 <= float(line[2]) <= 1 for line in lines)
     assert f"left out: {runs.new / 'broken.jpg'}: cannot be read" in stderr
-    assert "1 files are no images" in stderr  # note.txt
+    assert "1 files are no images" in stderr  # descriptions.json
     empty = tmp_path / "empty"
     empty.mkdir()
     flags = ["--finetuned", tmp_path / "moved", "--predict", empty]
@@ -519,7 +508,7 @@ def test_figures_are_drawn(runs, name):
 def foreign(tmp_path_factory, tiny_vit):
     """A tree, a CLIP tuned elsewhere, its state dict in many forms, and what its rows must be."""
     tmp = tmp_path_factory.mktemp("foreign")
-    tree = small_tree(tmp / "tree")
+    tree = write_tree(tmp / "tree", train=12, test=5)
     torch.manual_seed(5)
     start, _, preprocess = open_clip.create_model_and_transforms(tiny_vit)
     tuned = open_clip.create_model(tiny_vit).eval()
