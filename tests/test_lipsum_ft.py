@@ -18,7 +18,7 @@ def test_regularizer_and_energy_gap_are_the_written_out_sums():
     gap = r = 0.0
     for b in range(B):
         for m in range(M):
-            d = sum(s * g[m][k] * (f[b][k] - f0[b][k]) for k in range(D))
+            d = s * g[m] @ (f[b] - f0[b])
             gap += d * d / (B * M)          # Eq. (6): mean over images and texts
             r += d * d / (2 * M) / B        # Eq. (7): 1/(2M) squared norm, mean over the batch
     v, v0 = (torch.tensor(s * x[:B] @ g[:M].T, dtype=torch.float32) for x in (f, f0))
