@@ -476,7 +476,8 @@ def test_files_of_any_name_are_predicted_one_by_one_or_in_folders(runs, tmp_path
     assert one == lines[[line[0] for line in lines].index(str(tmp_path / "a\ttab.jpg"))]
     # stdout of the command, with worker processes, is nothing but the lines
     done = subprocess.run(command("lipsum_ft.py", "--finetuned", runs.tmp / "lipsum_ft",
-                                  "--predict", tmp_path), capture_output=True, env=ENV)
+                                  "--predict", tmp_path), capture_output=True,
+                          env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
     _, *got = csv.reader(io.StringIO(os.fsdecode(done.stdout)), "excel-tab")
     assert done.returncode == 0 and [line[:2] for line in got] == [line[:2] for line in lines]
     assert b"broken.jpg: cannot be read" in done.stderr and b"Traceback" not in done.stderr
