@@ -70,12 +70,17 @@ def same_runs(a, b):
         assert all(torch.equal(want[key], got[key]) for key in want), name
 
 
+def hear():
+    """Under nohup, or in a shell's background, a process starts with signals ignored, which a run
+    respects."""
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_DFL)
+
+
 def started(*begun, out):
-    """The process of a run that has begun to train. A job in a shell's background starts with
-    Ctrl-C ignored, which a run respects; this one hears it."""
+    """The process of a run that has begun to train."""
     process = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=ENV, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                               env=ENV, start_new_session=True, preexec_fn=hear)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.05)
