@@ -328,8 +328,7 @@ def main():
 
     # The paper's Steps 1 and 2: the zero-shot failures V, and d of the images to choose on
     bank = failures_of(zero_shot, fine_tuned, setup)
-    k = args.k or neighbours(len(bank), len(data.train), args.k_rule)
-    k = min(k, len(bank))
+    k = min(args.k or neighbours(len(bank), len(data.train), args.k_rule), len(bank))
     distance = distance_to(bank, k, args.distance)
 
     def outputs(x, labels):
@@ -353,11 +352,10 @@ def main():
     grid = [(args.a, args.b)] if args.a or not len(bank) else weight_grid(d)
     weights = [omega(d, a, b, alpha) for a, b in grid]
     best = common.choose([score(w) for w in weights], [w.mean().item() for w in weights])
-    a, b = grid[best]
     state = {
         "failures": len(bank), "k": k, "distance": args.distance,
         "t_zs": t_zs, "t_ft": t_ft,
-        "a": a, "b": b,
+        "a": grid[best][0], "b": grid[best][1],
         "alpha": alpha, "alpha_wse": alpha_wse, "chosen_on": images.name,
     }
     common.say(f"V: {len(bank)} of {len(data.train)} training images; {state}")
