@@ -508,9 +508,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path, 
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_moments_of_a_gpu_go_on_anywhere(tmp_path, layout):
-    """A GPU's AdamW is fused and its moments are channels_last; a CPU's fused kernel would read
-    them by the layout of its own parameter."""
+def test_moments_of_a_gpu_go_on_anywhere(tmp_path, monkeypatch, layout):
+    """A GPU's AdamW is fused, reads moments by the layout of their parameter, and both are
+    channels_last there; on a CPU parameters are not, and it must not stay fused."""
+    monkeypatch.setattr(common, "CUDA", layout == torch.channels_last)
+
     def parts(layout=torch.channels_last):
         torch.manual_seed(0)
         model = torch.nn.Conv2d(3, 8, 3).to(memory_format=layout)
