@@ -421,6 +421,7 @@ def test_help_shows_the_values_of_the_recipe(method):
         text = printed(f"{method}.py", *flags, "--help")
         return " ".join(text[text.index("\noptions:"):].split())
     imagenet, shapes = shown("--data", "imagenet"), shown()
+    assert "--lr" in shown("--finetuned", "a run", "--predict", "images")
     recipe = importlib.import_module(method).RECIPES["imagenet"]
     assert f"peak learning rate of AdamW (default: {recipe['lr']})" in imagenet
     assert f"--accum parts (default: {recipe['batch_size']})" in imagenet

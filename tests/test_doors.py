@@ -267,7 +267,7 @@ def test_a_broken_local_dir_is_one_line(world, tmp_path, fault):
 def test_args_that_were_edited_are_one_line(finished, tmp_path):
     _, run = finished
     args = json.loads((run / "args.json").read_text())
-    for text, words in (("[]", "args.json"), ('{"method": "lips', "args.json"),
+    for text, words in (("[]", "args.json"), ("{}", "args.json"), ('{"method": "lips', "args.json"),
                         (json.dumps({**args, "lr": "fast"}), "--lr"),
                         (json.dumps({**args, "batch_size": -4}), "--batch-size"),
                         (json.dumps({**args, "method": "vrf"}), "method")):
